@@ -1,0 +1,188 @@
+"""MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers (Chen et al., 2021).
+
+Measured here: `digits`, on 2 CPU cores. The others have not been run by us; published by MMPretrain: linear probe on ImageNet-1k.
+
+| recipe | command | hardware | wall time | metric |
+|---|---|---|---|---|
+| digits | `--config=configs/mocov3.py:digits` | 2 CPU cores | DIGITS_TIME | DIGITS_METRIC |
+| digits-resnet | `--config=configs/mocov3.py:digits-resnet` | 2 CPU cores | RESNET_TIME | RESNET_METRIC |
+| mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k | `--config=configs/mocov3.py` | 16 GPUs | | 73.6 |
+| mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k | `--config=configs/mocov3.py:NAME` | 16 GPUs | | 76.9 |
+| mocov3_vit-large-p16_64xb64-amp-coslr-300e_in1k | | 64 GPUs | | 83.7 (fine-tuned) |
+| mocov3_resnet50_8xb512-amp-coslr-100e_in1k | | 8 GPUs | | 69.6 |
+| mocov3_resnet50_8xb512-amp-coslr-300e_in1k | | 8 GPUs | | 72.8 |
+| mocov3_resnet50_8xb512-amp-coslr-800e_in1k | | 8 GPUs | | 74.4 |
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxpretrain.config import pick
+from jaxpretrain.recipes import (
+    DIGITS_MEAN_STD,
+    FLIP,
+    LARS_EXCLUDE,
+    digits,
+    frozen_feature_scores,
+    imagenet,
+    recipe,
+    warmup_cosine,
+)
+
+
+def view(blur: float, solarize: float) -> list[dict]:
+    """One of the two asymmetric views."""
+    return [
+        dict(
+            type="RandomApply",
+            transforms=[dict(type="ColorJitter", brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)],
+            prob=0.8,
+        ),
+        dict(type="RandomGrayscale", prob=0.2, keep_channels=True, channel_weights=(0.114, 0.587, 0.2989)),
+        dict(type="GaussianBlur", magnitude_range=(0.1, 2.0), magnitude_std="inf", prob=blur),
+        dict(type="Solarize", thr=128, prob=solarize),
+        FLIP,
+    ]
+
+
+def two_views(smallest_crop: float) -> dict:
+    crop = [
+        dict(type="RandomResizedCrop", scale=224, crop_ratio_range=(smallest_crop, 1.0), backend="pillow"),
+    ]
+    return imagenet(
+        [dict(type="MultiView", num_views=(1, 1), transforms=[crop, crop])],
+        [dict(type="MultiView", num_views=(1, 1), transforms=[view(1.0, 0.0), view(0.1, 0.2)])],
+    )
+
+
+def mlp(in_channels: int, num_layers: int, hid_channels: int = 4096, out_channels: int = 256, **more: Any) -> dict:
+    """Projector or predictor: Linear, BatchNorm, ReLU; the last BatchNorm without scale and bias."""
+    return dict(
+        type="NonLinearNeck",
+        in_channels=in_channels,
+        hid_channels=hid_channels,
+        out_channels=out_channels,
+        num_layers=num_layers,
+        with_bias=False,
+        with_last_bn=more.pop("with_last_bn", True),
+        with_last_bn_affine=False,
+        with_last_bias=False,
+        with_avg_pool=more.pop("with_avg_pool", False),
+        **more,
+    )
+
+
+def vit(arch: str, width: int, clip_grad: dict | None = None) -> ConfigDict:
+    return recipe(
+        method=dict(
+            type="MoCoV3",
+            base_momentum=0.01,
+            backbone=dict(type="MoCoV3ViT", arch=arch, img_size=224, patch_size=16, stop_grad_conv1=True),
+            neck=mlp(width, 3),
+            head=dict(
+                type="MoCoV3Head",
+                predictor=mlp(256, 2),
+                loss=dict(type="CrossEntropyLoss", loss_weight=2 * 0.2),
+                temperature=0.2,
+            ),
+        ),
+        data=two_views(0.08),
+        batch_size=4096,
+        max_epochs=300,
+        optim_wrapper=dict(optimizer=dict(type="AdamW", lr=2.4e-3, weight_decay=0.1), clip_grad=clip_grad),
+        param_scheduler=warmup_cosine(300, 40),
+        auto_scale_lr=dict(base_batch_size=4096),
+        dtype="bfloat16",
+    )
+
+
+def resnet(epochs: int, lr: float, weight_decay: float = 1e-6, base_momentum: float = 0.01) -> ConfigDict:
+    return recipe(
+        method=dict(
+            type="MoCoV3",
+            base_momentum=base_momentum,
+            backbone=dict(type="ResNet", depth=50, norm_cfg=dict(type="SyncBN"), zero_init_residual=False),
+            neck=mlp(2048, 2, with_avg_pool=True),
+            head=dict(
+                type="MoCoV3Head",
+                predictor=mlp(256, 2, with_last_bn=False),
+                loss=dict(type="CrossEntropyLoss", loss_weight=2 * 1.0),
+                temperature=1.0,
+            ),
+        ),
+        data=two_views(0.2),
+        batch_size=4096,
+        max_epochs=epochs,
+        optim_wrapper=dict(
+            optimizer=dict(type="LARS", lr=lr, weight_decay=weight_decay, momentum=0.9),
+            paramwise_cfg=dict(custom_keys=LARS_EXCLUDE),
+        ),
+        param_scheduler=warmup_cosine(epochs, 10),
+        auto_scale_lr=dict(base_batch_size=4096),
+        dtype="bfloat16",
+    )
+
+
+def tiny(backbone: dict, width: int, with_avg_pool: bool, optimizer: dict, epochs: int = 40) -> ConfigDict:
+    """Real handwritten digits: crops and changes of contrast, a projector of 256 units."""
+    crop = [dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.4, 1.0))]
+    jitter = [
+        dict(type="RandomApply", transforms=[dict(type="ColorJitter", brightness=0.6, contrast=0.6)], prob=0.8),
+    ]
+    return recipe(
+        method=dict(
+            type="MoCoV3",
+            base_momentum=0.01,
+            backbone=backbone,
+            neck=mlp(width, 2, 256, 64, with_avg_pool=with_avg_pool),
+            head=dict(
+                type="MoCoV3Head",
+                predictor=mlp(64, 2, 256, 64),
+                loss=dict(type="CrossEntropyLoss", loss_weight=2 * 0.2),
+                temperature=0.2,
+            ),
+        ),
+        data=digits(
+            [dict(type="MultiView", num_views=2, transforms=[crop])],
+            [dict(type="MultiView", num_views=2, transforms=[jitter])],
+        ),
+        data_preprocessor=DIGITS_MEAN_STD,
+        batch_size=128,
+        max_epochs=epochs,
+        optim_wrapper=dict(optimizer=optimizer),
+        param_scheduler=warmup_cosine(epochs, 4),
+        evaluators=frozen_feature_scores(),
+        evaluation=dict(interval=10, at_start=True),
+        checkpoint=dict(interval=10),
+        log_interval=20,
+    )
+
+
+TINY_VIT = dict(
+    type="MoCoV3ViT",
+    arch=dict(embed_dims=96, num_layers=4, num_heads=4, feedforward_channels=384),
+    img_size=32,
+    patch_size=4,
+    stop_grad_conv1=True,
+)
+TINY_RESNET = dict(type="ResNet_CIFAR", depth=18, stem_channels=16, base_channels=16, zero_init_residual=False)
+ADAMW = dict(type="AdamW", lr=1e-3, weight_decay=0.1)
+
+RECIPES = {
+    "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k": partial(vit, "mocov3-small", 384),
+    "mocov3_vit-base-p16_16xb256-amp-coslr-300e_in1k": partial(vit, "base", 768),
+    "mocov3_vit-large-p16_64xb64-amp-coslr-300e_in1k": partial(vit, "large", 1024, clip_grad=dict(max_norm=5.0)),
+    "mocov3_resnet50_8xb512-amp-coslr-100e_in1k": partial(resnet, 100, 9.6),
+    "mocov3_resnet50_8xb512-amp-coslr-300e_in1k": partial(resnet, 300, 4.8),
+    "mocov3_resnet50_8xb512-amp-coslr-800e_in1k": partial(resnet, 800, 4.8, 1.5e-6, 0.004),
+    "digits": partial(tiny, TINY_VIT, 96, False, ADAMW),
+    "digits-resnet": partial(tiny, TINY_RESNET, 128, True, ADAMW),
+}
+
+
+def get_config(name: str | None = None) -> ConfigDict:
+    return pick(RECIPES, name)

@@ -1,0 +1,192 @@
+"""dict(type=...) -> object. One lazy table says where each name lives; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration: the message says what is wrong, where, and what to do."""
+
+
+# Name -> module. A class has the same name there.
+_TABLE: dict[str, str] = {
+    # backbones
+    "ResNet": "jaxpretrain.models.resnet",
+    "ResNetV1c": "jaxpretrain.models.resnet",
+    "ResNetV1d": "jaxpretrain.models.resnet",
+    "ResNet_CIFAR": "jaxpretrain.models.resnet_cifar",
+    "VisionTransformer": "jaxpretrain.models.vision_transformer",
+    "MAEViT": "jaxpretrain.methods.mae",
+    "MoCoV3ViT": "jaxpretrain.methods.mocov3",
+    # necks
+    "GlobalAveragePooling": "jaxpretrain.models.necks",
+    "NonLinearNeck": "jaxpretrain.models.necks",
+    "MAEPretrainDecoder": "jaxpretrain.methods.mae",
+    # heads
+    "ClsHead": "jaxpretrain.models.heads",
+    "LinearClsHead": "jaxpretrain.models.heads",
+    "VisionTransformerClsHead": "jaxpretrain.models.heads",
+    "MAEPretrainHead": "jaxpretrain.methods.mae",
+    "ContrastiveHead": "jaxpretrain.methods.simclr",
+    "MoCoV3Head": "jaxpretrain.methods.mocov3",
+    # losses
+    "CrossEntropyLoss": "jaxpretrain.models.losses",
+    "LabelSmoothLoss": "jaxpretrain.models.losses",
+    "PixelReconstructionLoss": "jaxpretrain.models.losses",
+    # classifiers and methods
+    "ImageClassifier": "jaxpretrain.models.classifiers",
+    "Supervised": "jaxpretrain.methods.supervised",
+    "MAE": "jaxpretrain.methods.mae",
+    "SimCLR": "jaxpretrain.methods.simclr",
+    "MoCoV3": "jaxpretrain.methods.mocov3",
+    # batch augmentations
+    "Mixup": "jaxpretrain.data.batch_augments",
+    "CutMix": "jaxpretrain.data.batch_augments",
+    # optimizers and schedules
+    "SGD": "jaxpretrain.optim.optimizers",
+    "AdamW": "jaxpretrain.optim.optimizers",
+    "LARS": "jaxpretrain.optim.optimizers",
+    "LinearLR": "jaxpretrain.optim.schedules",
+    "CosineAnnealingLR": "jaxpretrain.optim.schedules",
+    "MultiStepLR": "jaxpretrain.optim.schedules",
+    "ConstantLR": "jaxpretrain.optim.schedules",
+    "StepLR": "jaxpretrain.optim.schedules",
+    "ExponentialLR": "jaxpretrain.optim.schedules",
+    # data sets
+    "Digits": "jaxpretrain.data.sources",
+    "CustomDataset": "jaxpretrain.data.sources",
+    "ImageNet": "jaxpretrain.data.sources",
+    "CIFAR10": "jaxpretrain.data.sources",
+    "CIFAR100": "jaxpretrain.data.sources",
+    "MNIST": "jaxpretrain.data.sources",
+    "FashionMNIST": "jaxpretrain.data.sources",
+    "ArrayRecordDataset": "jaxpretrain.data.sources",
+    "TFDSDataset": "jaxpretrain.data.sources",
+    # evaluators
+    "Accuracy": "jaxpretrain.evaluators.accuracy",
+    "KNN": "jaxpretrain.evaluators.knn",
+    "LinearProbe": "jaxpretrain.evaluators.linear_probe",
+    "Reconstruction": "jaxpretrain.evaluators.reconstruction",
+}
+
+_REGISTERED: dict[str, Any] = {}
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """' Did you mean X?' with the closest valid names, or the list of valid names where none is close."""
+    valid = sorted(map(str, valid))
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    if not close:  # difflib is case sensitive; a name in the wrong case is the most common slip
+        close = [v for v in valid if v.lower() == name.lower()]
+    if close:
+        return f" Did you mean {' or '.join(repr(c) for c in close)}?"
+    return f" Valid: {', '.join(valid) if len(valid) <= 40 else ', '.join(valid[:40]) + ', ...'}."
+
+
+def register(name: str | None = None) -> Callable[[T], T]:
+    """Decorator that adds a class or function of the user's to the table, under `name` or its own name."""
+
+    def add(component: T) -> T:
+        _REGISTERED[name or component.__name__] = component  # type: ignore[attr-defined]
+        return component
+
+    return add
+
+
+def names() -> list[str]:
+    """Every name that `resolve` knows, sorted."""
+    return sorted({*_TABLE, *_REGISTERED})
+
+
+def resolve(name: str) -> Any:
+    """The class or function called `name`: from the table, registered by the user, or a dotted path `package.module.Name`.
+
+    Raises ConfigError naming the nearest known names.
+    """
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name in _TABLE:
+        return getattr(importlib.import_module(_TABLE[name]), name)
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"type {name!r} looks like a dotted path, but cannot be imported: {error}") from error
+    raise ConfigError(f"Unknown type {name!r}.{nearest(name, names())}")
+
+
+def build(cfg: Any, **defaults: Any) -> Any:
+    """Builds the object that `cfg` describes: `build(dict(type='ResNet', depth=50))`.
+
+    Args:
+        cfg: a mapping with `type` (a name, or the class itself); its other keys are the arguments. An object that is not a
+            mapping is returned as it is, so built parts and descriptions can be mixed.
+        defaults: arguments that the caller supplies where `cfg` does not and the class takes them (`rngs`, `context`, ...).
+
+    Raises:
+        ConfigError: unknown type, or an argument that the class does not take, naming the nearest valid one.
+    """
+    if not isinstance(cfg, Mapping) and not hasattr(cfg, "to_dict"):
+        return cfg
+    args = dict(cfg.to_dict() if hasattr(cfg, "to_dict") else cfg)
+    if "type" not in args:
+        raise ConfigError(f"A component needs a 'type'; got only {sorted(args)}")
+    kind = args.pop("type")
+    component = resolve(kind) if isinstance(kind, str) else kind
+    accepted, open_ended = _parameters(component)
+    for name, value in defaults.items():
+        if name in accepted or open_ended:
+            args.setdefault(name, value)
+    if "rngs" in accepted and "rngs" not in args:
+        from flax import nnx
+
+        args["rngs"] = nnx.Rngs(0)
+    label = kind if isinstance(kind, str) else kind.__name__
+    for name in args:
+        if name not in accepted and not open_ended:
+            raise ConfigError(f"{label} has no argument {name!r}.{nearest(name, accepted)}")
+    missing = [name for name, required in accepted.items() if required and name not in args]
+    if missing:
+        raise ConfigError(f"{label} needs {', '.join(missing)}; its arguments are {', '.join(accepted)}")
+    return component(**args)
+
+
+def accepted_arguments(kind: str) -> tuple[str, ...]:
+    """The argument names of the component called `kind`, without `rngs`; empty if there is none of that name."""
+    try:
+        return tuple(name for name in _parameters(resolve(kind))[0] if name != "rngs")
+    except ConfigError:
+        return ()
+
+
+def _parameters(component: Callable) -> tuple[dict[str, bool], bool]:
+    """The parameters of a class or function: name -> required; and whether it takes any keyword.
+
+    `**kwargs` of a class mean those of its parent, so they are looked up along the method resolution order.
+    """
+    functions = [component]
+    if inspect.isclass(component):
+        functions = [cls.__dict__["__init__"] for cls in component.__mro__ if "__init__" in cls.__dict__]
+    accepted: dict[str, bool] = {}
+    for function in functions:
+        open_ended = False
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):
+            return accepted, True
+        for parameter in signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                open_ended = True
+            elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL and parameter.name != "self":
+                accepted.setdefault(parameter.name, parameter.default is inspect.Parameter.empty)
+        if not open_ended:
+            return accepted, False
+    return accepted, inspect.isclass(component) is False

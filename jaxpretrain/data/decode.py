@@ -1,0 +1,122 @@
+"""Encoded bytes -> uint8 RGB pixels."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from jaxtyping import UInt8
+
+try:  # two to three times as fast as Pillow; without it everything still works
+    import simplejpeg
+except ImportError:  # pragma: no cover
+    simplejpeg = None
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, here for both decoders
+
+
+class BadImage(ValueError):
+    """Bytes that are not a complete image; the message is the reason."""
+
+
+def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of an encoded image (JPEG, PNG, WebP, BMP, TIFF, GIF, ...: whatever Pillow reads).
+
+    As OpenCV's IMREAD_COLOR, so as MMPretrain reads them: EXIF orientation is applied, grey is repeated to three channels,
+    alpha is dropped (not blended), 16-bit grey keeps its high byte. Palettes are looked up and CMYK goes through Pillow's
+    conversion. Of an animation, the first frame.
+
+    Raises:
+        BadImage: empty, truncated, not an image, without pixels, over MAX_PIXELS, or in a pixel format without a natural
+            8-bit form (floating point).
+    """
+    if not data:
+        raise BadImage("empty file")
+    if simplejpeg is not None and data[:3] == b"\xff\xd8\xff":
+        pixels = _decode_jpeg(data)
+        if pixels is not None:
+            return pixels
+    return _decode_pillow(data)
+
+
+def as_rgb(image: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+    """What a source gives as `image`: encoded bytes, or uint8 pixels [H,W], [H,W,1] or [H,W,3]. Raises BadImage."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode(bytes(image))
+    image = np.asarray(image)
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3) or 0 in image.shape:
+        raise BadImage(f"expected uint8 pixels [H, W, 3], got {image.dtype} {list(image.shape)}")
+    return image if image.shape[-1] == 3 else image.repeat(3, axis=-1)
+
+
+def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
+    """Grey and YCbCr JPEGs without any defect; None leaves the rest to Pillow, which also tells harmless defects from fatal ones."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colorspace in ("CMYK", "YCCK"):
+            return None
+        if height * width > MAX_PIXELS:
+            raise BadImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except BadImage:
+        raise
+    except ValueError:
+        return None
+    return _orient(pixels, _jpeg_orientation(data))
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """EXIF orientation 1..8 (1: as stored), also where EXIF is absent or damaged."""
+    start = data.find(b"Exif\x00\x00")
+    if start < 0:
+        return 1
+    from PIL import Image
+
+    exif = Image.Exif()
+    try:
+        exif.load(data[start : start + 65536])
+        return int(exif.get(0x0112, 1))
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return 1
+
+
+def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes EXIF orientation."""
+    if orientation in (5, 6, 7, 8):  # stored transposed
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image (starts with {data[:8]!r})") from None
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... on damaged files
+        raise BadImage(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+
+
+def _to_rgb(image) -> UInt8[np.ndarray, "h w 3"]:
+    """A Pillow image of any mode as RGB."""
+    if image.mode.startswith("I"):  # 16 bits, in `I;16*` or in the 32 bits of `I`
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return as_rgb(grey)
+    if image.mode == "F":
+        raise BadImage("floating-point pixels have no fixed range")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow asks for this detour where a palette has transparent entries
+    return np.array(image.convert("RGB"))

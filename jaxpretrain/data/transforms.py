@@ -1,0 +1,467 @@
+"""Geometry on the host, in uint8: crops, resizes, flips. Names, arguments and results are MMPretrain's; colour runs on the device.
+
+A transform is called as `transform(sample, rng)`: `sample` is a dict with `image` uint8 [H,W,3] in **RGB** (MMPretrain's is
+BGR: colours in arguments are RGB here), `rng` the sample's own NumPy generator. Each separates drawing from doing:
+`draw(rng, height, width)` gives the parameters, `apply(image, parameters)` is deterministic. Sizes follow MMPretrain:
+(width, height) in `scale` and `CenterCrop.crop_size`, (height, width) in `RandomCrop.crop_size`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxpretrain import build
+from jaxpretrain.build import ConfigError
+
+Image = UInt8[np.ndarray, "h w 3"]
+Sample = dict[str, Any]
+Step = Callable[[Sample, np.random.Generator], Sample]
+
+CV2_FILTERS = {"nearest": 0, "bilinear": 1, "bicubic": 2, "area": 3, "lanczos": 4}  # cv2.INTER_*
+PILLOW_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Image.Resampling
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def resize(image: Image, size: tuple[int, int], backend: str = "cv2", interpolation: str = "bilinear") -> Image:
+    """`image` at `size` = (width, height).
+
+    `cv2` does not antialias when it shrinks (but for `area`), `pillow` does, and is two to three times slower. Their bicubic kernels
+    differ too: a = -0.75 and -0.5.
+    """
+    if size == (image.shape[1], image.shape[0]):
+        return image
+    if backend == "pillow":
+        from PIL import Image as pillow
+
+        return np.asarray(pillow.fromarray(image).resize(size, PILLOW_FILTERS[interpolation]))
+    return _cv2().resize(np.ascontiguousarray(image), size, interpolation=CV2_FILTERS[interpolation])
+
+
+def crop(image: Image, box: Box) -> Image:
+    """The part of `image` inside `box`, a view; what lies outside the image is cut off."""
+    return image[max(box.top, 0) : box.top + box.height, max(box.left, 0) : box.left + box.width]
+
+
+class Transform:
+    """Base of the transforms: draws, then applies. Of several views, each gets its own draw."""
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Any:
+        """Parameters for an image of this size; None where nothing is random."""
+        return None
+
+    def apply(self, image: Image, parameters: Any) -> Image:
+        raise NotImplementedError
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        image = sample["image"]
+        if isinstance(image, tuple):
+            views = tuple(self.apply(view, self.draw(rng, *view.shape[:2])) for view in image)
+            return {**sample, "image": views}
+        return {**sample, "image": self.apply(image, self.draw(rng, *image.shape[:2]))}
+
+
+class LoadImageFromFile(Transform):
+    """Accepted so that MMPretrain's pipelines read unchanged: images arrive decoded, as RGB uint8."""
+
+    def __init__(
+        self,
+        to_float32: bool = False,
+        color_type: str = "color",
+        imdecode_backend: str = "cv2",
+        file_client_args: Any = None,
+        ignore_empty: bool = False,
+        backend_args: Any = None,
+    ):
+        if to_float32 or color_type != "color":
+            raise ConfigError("LoadImageFromFile: images are uint8 RGB here; to_float32 and other values of color_type do not exist")
+
+    def apply(self, image: Image, parameters: Any) -> Image:
+        return image
+
+
+class PackInputs(Transform):
+    """Accepted so that MMPretrain's pipelines read unchanged: the loader packs batches."""
+
+    def __init__(self, input_key: str = "img", algorithm_keys: Sequence[str] = (), meta_keys: Sequence[str] = ()):
+        if algorithm_keys:
+            raise ConfigError(f"PackInputs: batches hold image, label, index and epoch; algorithm_keys={list(algorithm_keys)} do not exist")
+
+    def apply(self, image: Image, parameters: Any) -> Image:
+        return image
+
+
+class RandomResizedCrop(Transform):
+    """A crop of random area and aspect, resized (Szegedy et al., 2015, "Going deeper with convolutions", section 6).
+
+    Up to `max_attempts` times: area = U(crop_ratio_range) of the image's, log aspect = U(log aspect_ratio_range), position
+    uniform among those inside the image. If none fits: the largest central crop within the aspect range.
+
+    Args:
+        scale: size of the result: edge length or (width, height).
+        crop_ratio_range: of area.
+        aspect_ratio_range: of width / height.
+        interpolation, backend: see `resize`.
+    """
+
+    def __init__(
+        self,
+        scale: int | Sequence[int],
+        crop_ratio_range: tuple[float, float] = (0.08, 1.0),
+        aspect_ratio_range: tuple[float, float] = (3 / 4, 4 / 3),
+        max_attempts: int = 10,
+        interpolation: str = "bilinear",
+        backend: str = "cv2",
+    ):
+        self.scale = _pair(scale, "RandomResizedCrop: scale")
+        for name, (low, high) in (("crop_ratio_range", crop_ratio_range), ("aspect_ratio_range", aspect_ratio_range)):
+            if not 0 < low <= high:
+                raise ConfigError(f"RandomResizedCrop: {name}=({low}, {high}) must be ascending and positive")
+        self.crop_ratio_range, self.aspect_ratio_range = tuple(crop_ratio_range), tuple(aspect_ratio_range)
+        self.max_attempts = max_attempts
+        self.interpolation, self.backend = _check_filter("RandomResizedCrop", interpolation, backend)
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Box:
+        low, high = (math.log(ratio) for ratio in self.aspect_ratio_range)
+        for _ in range(self.max_attempts):
+            area = height * width * rng.uniform(*self.crop_ratio_range)
+            aspect = math.exp(rng.uniform(low, high))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
+        narrowest, widest = self.aspect_ratio_range
+        h = min(height, round(width / narrowest))
+        w = min(width, round(height * widest))
+        return Box((height - h) // 2, (width - w) // 2, h, w)
+
+    def apply(self, image: Image, box: Box) -> Image:
+        return resize(crop(image, box), self.scale, self.backend, self.interpolation)
+
+
+class Resize(Transform):
+    """Resizes to `scale`, or by `scale_factor`.
+
+    Args:
+        scale: edge length or (width, height).
+        scale_factor: factor, or (of width, of height), where `scale` is None.
+        keep_ratio: keep the aspect: the largest size within `scale`, its longer number for the longer edge.
+        clip_object_border: ignored, there are no boxes.
+        backend, interpolation: see `resize`.
+    """
+
+    def __init__(
+        self,
+        scale: int | Sequence[int] | None = None,
+        scale_factor: float | Sequence[float] | None = None,
+        keep_ratio: bool = False,
+        clip_object_border: bool = True,
+        backend: str = "cv2",
+        interpolation: str = "bilinear",
+    ):
+        if (scale is None) == (scale_factor is None):
+            raise ConfigError("Resize: give either scale or scale_factor")
+        self.scale = None if scale is None else _pair(scale, "Resize: scale")
+        self.factors = (scale_factor, scale_factor) if isinstance(scale_factor, int | float) else tuple(scale_factor or ())
+        self.keep_ratio = keep_ratio
+        self.interpolation, self.backend = _check_filter("Resize", interpolation, backend)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(width, height) of the result."""
+        if self.scale is not None and not self.keep_ratio:
+            return self.scale
+        if self.scale is None:
+            factors = self.factors
+        else:
+            factors = (min(max(self.scale) / max(height, width), min(self.scale) / min(height, width)),) * 2
+        return max(1, int(width * factors[0] + 0.5)), max(1, int(height * factors[1] + 0.5))
+
+    def apply(self, image: Image, parameters: Any) -> Image:
+        return resize(image, self.size(*image.shape[:2]), self.backend, self.interpolation)
+
+
+class ResizeEdge(Transform):
+    """Resizes one edge to `scale` and the other in proportion (rounded down).
+
+    Args:
+        scale: length of the edge.
+        edge: `short`, `long`, `width` or `height`.
+        backend, interpolation: see `resize`.
+    """
+
+    def __init__(self, scale: int, edge: str = "short", backend: str = "cv2", interpolation: str = "bilinear"):
+        if edge not in ("short", "long", "width", "height"):
+            raise ConfigError(f"ResizeEdge: no edge {edge!r}.{build.nearest(str(edge), ('short', 'long', 'width', 'height'))}")
+        self.scale, self.edge = scale, edge
+        self.interpolation, self.backend = _check_filter("ResizeEdge", interpolation, backend)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(width, height) of the result."""
+        by_width = self.edge == "width" or (self.edge == "short" and width < height) or (self.edge == "long" and width > height)
+        if by_width:
+            return self.scale, max(1, self.scale * height // width)
+        return max(1, self.scale * width // height), self.scale
+
+    def apply(self, image: Image, parameters: Any) -> Image:
+        return resize(image, self.size(*image.shape[:2]), self.backend, self.interpolation)
+
+
+class CenterCrop(Transform):
+    """The central part. An offset of half a pixel rounds to even, as Python's `round`.
+
+    Args:
+        crop_size: edge length or (width, height).
+        auto_pad: pad images that are smaller, at the bottom and right, by `pad_cfg['pad_val']` (grey level or RGB,
+            default 0); without it they keep their smaller size.
+        clip_object_border: ignored, there are no boxes.
+    """
+
+    def __init__(
+        self,
+        crop_size: int | Sequence[int],
+        auto_pad: bool = False,
+        pad_cfg: Mapping[str, Any] | None = None,
+        clip_object_border: bool = True,
+    ):
+        self.crop_size = _pair(crop_size, "CenterCrop: crop_size")
+        self.auto_pad = auto_pad
+        self.pad_val = (pad_cfg or {}).get("pad_val", 0)
+        if isinstance(self.pad_val, Mapping):
+            self.pad_val = self.pad_val.get("img", 0)
+
+    def apply(self, image: Image, parameters: Any) -> Image:
+        width, height = self.crop_size
+        h, w = image.shape[:2]
+        if self.auto_pad and (h < height or w < width):
+            image = pad(image, (0, max(0, height - h), 0, max(0, width - w)), self.pad_val)
+            h, w = image.shape[:2]
+        return crop(image, Box(max(0, round((h - height) / 2)), max(0, round((w - width) / 2)), height, width))
+
+
+class RandomCrop(Transform):
+    """A part of fixed size at a random place.
+
+    Args:
+        crop_size: edge length or (height, width).
+        padding: added first, with `pad_val`, whatever `padding_mode`: on all sides, (left and right, top and bottom),
+            or (left, top, right, bottom).
+        pad_if_needed: pad images that are smaller, by `padding_mode`, with half of what is missing (rounded up) on both sides.
+        pad_val: grey level, or RGB.
+        padding_mode: `constant`, `edge`, `reflect` (without repeating the edge) or `symmetric` (repeating it).
+
+    Raises:
+        ConfigError: (when applied) the image is smaller than `crop_size` and `pad_if_needed` is False.
+    """
+
+    def __init__(
+        self,
+        crop_size: int | Sequence[int],
+        padding: int | Sequence[int] | None = None,
+        pad_if_needed: bool = False,
+        pad_val: int | Sequence[int] = 0,
+        padding_mode: str = "constant",
+    ):
+        self.crop_size = _pair(crop_size, "RandomCrop: crop_size")
+        if padding_mode not in ("constant", "edge", "reflect", "symmetric"):
+            raise ConfigError(f"RandomCrop: no padding_mode {padding_mode!r}.{build.nearest(padding_mode, ('constant', 'edge', 'reflect', 'symmetric'))}")
+        sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding or (0, 0, 0, 0))
+        if len(sides) not in (2, 4):
+            raise ConfigError(f"RandomCrop: padding={padding!r} must be one, two or four numbers")
+        left, top, right, bottom = sides * 2 if len(sides) == 2 else sides
+        self.padding = (top, bottom, left, right)
+        self.pad_if_needed, self.pad_val, self.padding_mode = pad_if_needed, pad_val, padding_mode
+
+    def pad(self, image: Image) -> Image:
+        """The image that is cropped."""
+        image = pad(image, self.padding, self.pad_val)
+        missing = [max(0, -(-(wanted - have) // 2)) for wanted, have in zip(self.crop_size, image.shape[:2], strict=True)]
+        if self.pad_if_needed:
+            image = pad(image, (missing[0], missing[0], missing[1], missing[1]), self.pad_val, self.padding_mode)
+        elif any(missing):
+            raise ConfigError(
+                f"RandomCrop: an image of {image.shape[0]}x{image.shape[1]} (with padding) is smaller than crop_size={self.crop_size}; "
+                f"set pad_if_needed=True, or resize first"
+            )
+        return image
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Box:
+        h, w = self.crop_size
+        return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
+
+    def apply(self, image: Image, box: Box) -> Image:
+        """`box` lies in the padded image."""
+        return crop(image, box)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        views = sample["image"] if isinstance(sample["image"], tuple) else (sample["image"],)
+        padded = {"image": tuple(self.pad(view) for view in views)}
+        views = super().__call__(padded, rng)["image"]
+        return {**sample, "image": views if isinstance(sample["image"], tuple) else views[0]}
+
+
+class RandomFlip(Transform):
+    """Mirrors the image at random.
+
+    Args:
+        prob: probability of a flip, shared evenly among the directions; or one probability for each direction.
+        direction: `horizontal`, `vertical`, `diagonal` (both), or several.
+        swap_seg_labels: ignored, there are no segmentations.
+    """
+
+    def __init__(
+        self,
+        prob: float | Sequence[float] | None = None,
+        direction: str | Sequence[str] = "horizontal",
+        swap_seg_labels: Any = None,
+    ):
+        self.directions = (direction,) if isinstance(direction, str) else tuple(direction)
+        for name in self.directions:
+            if name not in ("horizontal", "vertical", "diagonal"):
+                raise ConfigError(f"RandomFlip: no direction {name!r}.{build.nearest(str(name), ('horizontal', 'vertical', 'diagonal'))}")
+        if prob is None:
+            raise ConfigError("RandomFlip needs prob, a probability or one for each direction")
+        self.probs = [prob / len(self.directions)] * len(self.directions) if isinstance(prob, int | float) else list(prob)
+        if len(self.probs) != len(self.directions) or min(self.probs) < 0 or sum(self.probs) > 1 + 1e-9:
+            raise ConfigError(f"RandomFlip: prob={prob} are not probabilities of the directions {self.directions}")
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> str | None:
+        chance = rng.random()
+        for direction, prob in zip(self.directions, self.probs, strict=True):
+            if chance < prob:
+                return direction
+            chance -= prob
+        return None
+
+    def apply(self, image: Image, direction: str | None) -> Image:
+        if direction in ("vertical", "diagonal"):
+            image = image[::-1]
+        return image[:, ::-1] if direction in ("horizontal", "diagonal") else image
+
+
+class MultiView:
+    """Several views of one image, decoded once: `image` becomes a tuple.
+
+    Args:
+        transforms: one pipeline for each kind of view.
+        num_views: how many views each pipeline gives; a number for the only one, or a list.
+    """
+
+    def __init__(self, transforms: Sequence[Sequence[Any]], num_views: int | Sequence[int]):
+        counts = [num_views] if isinstance(num_views, int) else list(num_views)
+        if len(counts) != len(transforms):
+            raise ConfigError(f"MultiView: num_views={num_views} are {len(counts)} numbers for {len(transforms)} pipelines")
+        self.pipelines = [build_pipeline(steps) for steps, count in zip(transforms, counts, strict=True) for _ in range(count)]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return {**sample, "image": tuple(pipeline(dict(sample), rng)["image"] for pipeline in self.pipelines)}
+
+
+class Pipeline:
+    """Transforms one after another."""
+
+    def __init__(self, steps: Sequence[Step]):
+        self.steps = list(steps)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        for step in self.steps:
+            sample = step(sample, rng)
+        return sample
+
+
+class _Plain:
+    """A user's function of the sample alone, in the form of a transform."""
+
+    def __init__(self, function: Callable[[Sample], Sample]):
+        self.function = function
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        result = self.function(sample)
+        if not isinstance(result, Mapping) or "image" not in result:
+            raise ConfigError(f"transform {self.function!r} must return the sample, a dict with `image`; it returned {type(result).__name__}")
+        return dict(result)
+
+
+TRANSFORMS: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (CenterCrop, LoadImageFromFile, MultiView, PackInputs, RandomCrop, RandomFlip, RandomResizedCrop, Resize, ResizeEdge)
+}
+
+
+def build_pipeline(steps: Sequence[Any]) -> Pipeline:
+    """A list of `dict(type=...)`, of names registered by the user, or of callables, as one transform.
+
+    A callable whose second parameter is called `rng` gets the sample's generator; any other is called with the sample alone.
+
+    Raises:
+        ConfigError: unknown type or argument, naming the nearest.
+    """
+    return Pipeline([_build_step(step) for step in steps])
+
+
+def _build_step(step: Any) -> Step:
+    if isinstance(step, Mapping) or hasattr(step, "to_dict"):
+        step = dict(step)
+        kind = step.get("type")
+        if kind in TRANSFORMS:
+            step["type"] = TRANSFORMS[kind]
+        elif isinstance(kind, str) and kind not in build.names() and "." not in kind:
+            raise ConfigError(
+                f"No host transform {kind!r}.{build.nearest(kind, TRANSFORMS)} Colour, blur, erasing and mixing run on the device: "
+                f"they belong in `device_pipeline`"
+            )
+        step = build.build(step)
+    if not callable(step):
+        raise ConfigError(f"a pipeline holds dict(type=...) or callables, got {step!r}")
+    return step if "rng" in inspect.signature(step).parameters else _Plain(step)
+
+
+def pad(image: Image, sides: tuple[int, int, int, int], value: int | Sequence[int] = 0, mode: str = "constant") -> Image:
+    """`image` with (top, bottom, left, right) more pixels; `value` is a grey level or RGB; modes as in `numpy.pad`."""
+    if not any(sides):
+        return image
+    top, bottom, left, right = sides
+    if mode != "constant":
+        return np.pad(image, ((top, bottom), (left, right), (0, 0)), mode=mode)  # type: ignore[call-overload]
+    height, width = image.shape[:2]
+    padded = np.empty((height + top + bottom, width + left + right, 3), np.uint8)
+    padded[:] = value
+    padded[top : top + height, left : left + width] = image
+    return padded
+
+
+def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) <= 0:
+        raise ConfigError(f"{what}={value!r} must be a positive number or a pair of them")
+    return pair[0], pair[1]
+
+
+def _check_filter(name: str, interpolation: str, backend: str) -> tuple[str, str]:
+    filters = {"cv2": CV2_FILTERS, "pillow": PILLOW_FILTERS}
+    if backend not in filters:
+        raise ConfigError(f"{name}: no backend {backend!r}.{build.nearest(str(backend), filters)}")
+    if interpolation not in filters[backend]:
+        raise ConfigError(f"{name}: {backend} has no interpolation {interpolation!r}.{build.nearest(str(interpolation), filters[backend])}")
+    return interpolation, backend
+
+
+def _cv2():
+    try:
+        import cv2
+    except ImportError as error:  # pragma: no cover
+        raise ConfigError("backend='cv2' needs opencv-python-headless; install it, or use backend='pillow'") from error
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)  # the loader runs many images at once; OpenCV's own threads would only fight for the cores
+    return cv2

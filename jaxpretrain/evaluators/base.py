@@ -1,0 +1,172 @@
+"""What all evaluators share: what they may ask of a run, and one pass over the data for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Int
+
+from jaxpretrain.build import ConfigError
+
+T = TypeVar("T")
+Batch = dict[str, Any]
+
+
+@dataclass
+class EvalContext:
+    """What evaluators may ask of a run. Made once; all functions take the state, so one context serves every step.
+
+    Attributes:
+        features: (state, batch) -> float32 [B, D], jitted: normalises uint8 images and applies `Method.features`.
+        logits: (state, batch) -> float32 [B, classes], jitted; None for methods without a classifier.
+        loader: 'train' or 'val' -> batches on the device: `image` uint8 [B, H, W, 3] after the evaluation pipeline, `label`
+            int32 [B], `index` int32 [B], `valid` bool [B] (False: a row that only fills up the last batch). Each split is
+            one pass in which every sample is valid once; all batches of a split have one shape.
+        num_classes: labels are 0 to num_classes - 1; None for data without labels, which only pictures can be made of.
+        method: state -> the method with that state, in evaluation mode; may be called inside jit.
+        workdir: where pictures go; None writes none.
+        seed: of everything random in evaluators.
+        preprocess: batch with uint8 images -> batch with normalised ones, an affine map of each channel.
+    """
+
+    features: Callable[[Any, Batch], Array]
+    logits: Callable[[Any, Batch], Array] | None
+    loader: Callable[[str], Iterable[Batch]]
+    num_classes: int | None
+    method: Callable[[Any], Any]
+    workdir: Path | None
+    seed: int
+    preprocess: Callable[[Batch], Batch]
+    _cache: tuple[list, dict[str, Any]] = field(default_factory=lambda: ([], {}), init=False, repr=False)
+
+    def clear(self) -> None:
+        """Forgets the features of the last state, and with them the last reference to it."""
+        self._cache = ([], {})
+
+
+class Evaluator:
+    """A protocol that turns a state into scores. Sub-classes take their options as keyword arguments after the context."""
+
+    def __init__(self, context: EvalContext):
+        self.context = context
+
+    def run(self, state: Any) -> dict[str, float]:
+        """The scores of one state, by names without the evaluator's own."""
+        raise NotImplementedError
+
+
+def run_all(evaluators: Mapping[str, Evaluator], state: Any) -> dict[str, float]:
+    """Runs every evaluator on one state; features are computed once for all of them, and dropped at the end.
+
+    Returns:
+        scores by `EVALUATOR/SCORE`, such as `knn/top1`.
+    """
+    scores = {}
+    try:
+        for name, evaluator in evaluators.items():
+            scores.update({f"{name}/{key}": float(value) for key, value in evaluator.run(state).items()})
+    finally:
+        for evaluator in evaluators.values():
+            evaluator.context.clear()
+    return scores
+
+
+def gather(tree: T) -> T:
+    """The arrays of a tree, whole, as NumPy arrays on every process. All processes must call it together."""
+
+    def whole(x: Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return jax.device_get(x)
+        with jax.transfer_guard("allow"):  # the one transfer that is meant, but not explicit inside
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
+def one_behind(outputs: Iterable[T]) -> Iterator[T]:
+    """Each item of `outputs`, once the next one has been started: fetching a result then overlaps with computing one."""
+    iterator = iter(outputs)
+    for previous in iterator:
+        for current in iterator:
+            yield previous
+            previous = current
+        yield previous
+
+
+def extract(context: EvalContext, state: Any, split: str) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
+    """Features and labels of all valid samples of a split, on the host of every process.
+
+    Rows are sorted by the samples' index, so neither the order of loading nor the number of devices or processes shows.
+    The result is kept until another state, or `context.clear()`, comes.
+
+    Raises:
+        ConfigError: an empty split, or labels outside of 0 to num_classes - 1.
+        FloatingPointError: features that are not finite.
+    """
+    leaves = jax.tree.leaves(state)
+    held, splits = context._cache
+    # By identity: arrays never change, and those in the cache stay alive, so an id cannot be taken over.
+    if len(held) != len(leaves) or any(a is not b for a, b in zip(held, leaves, strict=True)):
+        splits = {}
+        context._cache = (leaves, splits)
+    if split not in splits:
+        splits[split] = _extract(context, state, split)
+    return splits[split]
+
+
+def _extract(context: EvalContext, state: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+    outputs = (
+        (context.features(state, batch), batch["label"], batch["index"], batch["valid"])
+        for batch in context.loader(split)
+    )
+    rows = []
+    for features, label, index, valid in map(gather, one_behind(outputs)):
+        rows.append((features[valid], label[valid], index[valid]))
+    if not any(len(label) for _, label, _ in rows):
+        raise ConfigError(f"evaluators: the {split} split has no images; check config.data.{split}.dataset")
+    features, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
+    order = np.argsort(index, kind="stable")
+    features, labels = features[order], labels[order]
+    check_labels(labels, context.num_classes, split)
+    if not np.isfinite(features).all():
+        raise FloatingPointError(f"evaluators: the features of the {split} split are not finite")
+    return features, labels
+
+
+def check_labels(labels: np.ndarray, num_classes: int | None, split: str) -> None:
+    """Raises ConfigError where a label is not a class."""
+    if num_classes is None or labels.min() < 0:
+        raise ConfigError(
+            f"evaluators: the {split} split has images without labels, and cannot be scored; evaluate on labelled data "
+            "(config.data), or take the evaluator out of config.evaluators"
+        )
+    if labels.max() >= num_classes:
+        raise ConfigError(
+            f"evaluators: the {split} split has label {labels.max()}, but the data set has {num_classes} classes "
+            f"(0 to {num_classes - 1})"
+        )
+
+
+def as_tuple(value: Any) -> tuple:
+    """A scalar or a sequence, as a tuple."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def check_counts(name: str, counts: int | Sequence[int]) -> tuple[int, ...]:
+    """`counts` as a tuple of whole numbers from 1 up; ConfigError otherwise."""
+    values = as_tuple(counts)
+    if not values or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in values):
+        raise ConfigError(f"{name} is {counts!r}; it must be a whole number from 1 up, or a list of such")
+    return values
+
+
+def completed_steps(state: Any) -> int:
+    """The number of optimizer steps behind a state: its attribute or entry `step`."""
+    step = state["step"] if isinstance(state, Mapping) else state.step
+    return int(gather(step)) if isinstance(step, jax.Array) else int(step)

@@ -1,0 +1,64 @@
+"""What a learning method is: networks, and how they learn from a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from jaxpretrain.models.layers import BaseModule
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, Array]
+
+
+@struct.dataclass
+class Progress:
+    """Where training stands.
+
+    Attributes:
+        step: optimizer steps completed, int32; 1 after the first. An array, so that a new value compiles nothing anew.
+        total_steps: length of the whole run in optimizer steps; a Python number.
+    """
+
+    step: Int[Array, ""]
+    total_steps: int = struct.field(pytree_node=False)
+
+
+class Method(BaseModule):
+    """A learning method owns its networks and says how they learn.
+
+    The trainer calls `loss` inside its jitted step, once per micro-batch, differentiates it with respect to the `nnx.Param`s
+    alone, applies the optimizer, and calls `after_step` once. Whatever else the networks hold (running statistics, momentum
+    encoders, queues) is ordinary NNX state: changed in place in either call, sharded and checkpointed with the rest.
+
+    A batch is a dictionary with `image` [B, H, W, 3], augmented and normalised, or a tuple of such views; `label` int32 [B]
+    where the data has labels; `index` and `epoch` int32 [B]. The dtype of the images is the dtype of the computation.
+    """
+
+    def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
+        """The scalar to minimise over the global batch, float32 at least, and scalars to log beside it.
+
+        Needs training mode. `rngs` feeds masks, dropout and batch augmentation.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no loss")
+
+    def after_step(self, progress: Progress) -> None:
+        """Runs after each optimizer step: momentum encoders move here. Does nothing by default."""
+
+    def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """The representation that evaluators look at. Needs eval mode (`method.eval()`)."""
+        raise NotImplementedError(f"{type(self).__name__} defines no features")
+
+    def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
+        """Scores per class, where `has_logits`. Needs eval mode."""
+        raise NotImplementedError(
+            f"{type(self).__name__} learns without labels and has no logits; evaluate its features (KNN, LinearProbe)"
+        )
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether `logits` is defined: true for classifiers."""
+        return type(self).logits is not Method.logits

@@ -1,0 +1,44 @@
+"""Blocks that several networks share.
+
+Two conventions hold for every layer:
+
+- **A layer computes in the dtype of its input.** Parameters stay float32 and are cast where they are used, so one cast of
+  the images switches a whole network to bfloat16. Statistics (norms, softmax) are at least float32.
+- **Mode is an attribute, as in PyTorch.** `module.train()` and `module.eval()` switch `deterministic` (dropout, drop path)
+  and `use_running_average` (BatchNorm); a fresh module is in training mode. Random layers take `rngs` in the call.
+"""
+
+from jaxpretrain.models.layers.attention import MultiheadAttention
+from jaxpretrain.models.layers.base import BaseModule, Frozen, freeze
+from jaxpretrain.models.layers.conv import Conv2d, avg_pool2d, max_pool2d
+from jaxpretrain.models.layers.drop import Dropout, drop_path
+from jaxpretrain.models.layers.ffn import FFN, SwiGLUFFNFused
+from jaxpretrain.models.layers.layer_scale import LayerScale
+from jaxpretrain.models.layers.linear import Linear
+from jaxpretrain.models.layers.norm import BatchNorm, LayerNorm, build_norm
+from jaxpretrain.models.layers.patch_embed import PatchEmbed
+from jaxpretrain.models.layers.position import build_2d_sincos_position_embedding, resize_pos_embed
+from jaxpretrain.models.layers.stack import apply_layers
+
+__all__ = [
+    "FFN",
+    "BaseModule",
+    "BatchNorm",
+    "Conv2d",
+    "Dropout",
+    "Frozen",
+    "LayerNorm",
+    "LayerScale",
+    "Linear",
+    "MultiheadAttention",
+    "PatchEmbed",
+    "SwiGLUFFNFused",
+    "apply_layers",
+    "avg_pool2d",
+    "build_2d_sincos_position_embedding",
+    "build_norm",
+    "drop_path",
+    "freeze",
+    "max_pool2d",
+    "resize_pos_embed",
+]

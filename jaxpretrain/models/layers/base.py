@@ -1,0 +1,57 @@
+"""The base class of all networks: weight initialisation by `init_cfg`, and parameters that must not learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flax import nnx
+
+from jaxpretrain.models.layers.init import apply_init_cfg
+
+
+class Frozen(nnx.Variable):
+    """A weight that no optimizer touches: fixed position tables, frozen stages, momentum encoders.
+
+    It counts as a parameter in weight files and parameter counts, but gets no gradient, no weight decay and no entry in
+    the optimizer's state, because those look at `nnx.Param` alone.
+    """
+
+
+def freeze(module: nnx.Module) -> None:
+    """Turns every `nnx.Param` below `module` into a `Frozen` variable, in place."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Module):
+            for name, value in list(vars(node).items()):
+                if isinstance(value, nnx.Param):
+                    setattr(node, name, Frozen(value.get_value()))
+
+
+def children(module: Any) -> Iterator[BaseModule]:
+    """The nearest `BaseModule`s below `module`, looking through lists, dictionaries and sequentials."""
+    if isinstance(module, nnx.List | nnx.Sequential):
+        values: Sequence[Any] = list(module.layers if isinstance(module, nnx.Sequential) else module)
+    else:
+        values = [value for name, value in vars(module).items() if not name.startswith("_pytree")]
+    for value in values:
+        if isinstance(value, BaseModule):
+            yield value
+        elif isinstance(value, nnx.List | nnx.Dict | nnx.Sequential):
+            yield from children(value)
+
+
+class BaseModule(nnx.Module):
+    """A module that knows how its paper initialises it.
+
+    Layers start from PyTorch's default initialisation. `init_weights` then applies `init_cfg` (MMEngine's dictionaries:
+    `dict(type='TruncNormal', layer='Linear', std=0.02)`) from the outermost module inwards, so an inner module has the
+    last word, as in MMEngine. Sub-classes with a rule of their own override `init_weights` and call `super()` first.
+    """
+
+    init_cfg: Any = None
+
+    def init_weights(self, rngs: nnx.Rngs) -> None:
+        """Initialises this module and all below it, in place."""
+        apply_init_cfg(self, self.init_cfg, rngs)
+        for child in children(self):
+            child.init_weights(rngs)

@@ -1,0 +1,101 @@
+"""The feed-forward halves of transformer blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxpretrain.build import ConfigError, nearest
+from jaxpretrain.models.layers.base import BaseModule
+from jaxpretrain.models.layers.drop import Dropout
+from jaxpretrain.models.layers.layer_scale import LayerScale
+from jaxpretrain.models.layers.linear import Linear
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "GELU": partial(jax.nn.gelu, approximate=False),
+    "QuickGELU": quick_gelu,
+    "ReLU": jax.nn.relu,
+    "SiLU": jax.nn.silu,
+    "Swish": jax.nn.silu,
+}
+
+
+def activation(act_cfg: Mapping[str, Any]) -> Callable[[Array], Array]:
+    """The function that an MMPretrain `act_cfg` names: `dict(type='GELU')`; a scope (`mmpretrain.GELU`) is ignored."""
+    name = str(act_cfg["type"]).rpartition(".")[2]
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"act_cfg: unknown type {name!r}.{nearest(name, ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class FFN(BaseModule):
+    """fc2(act(fc1(x))) on each token, with dropout after both. The residual is the caller's.
+
+    Args:
+        embed_dims: channels of input and output.
+        feedforward_channels: channels in between.
+        act_cfg: the activation; exact GELU by default.
+        ffn_drop: dropout rate in training.
+        layer_scale_init_value: start of a LayerScale on the output (`gamma2`); 0 for none.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        feedforward_channels: int,
+        act_cfg: Mapping[str, Any] = {"type": "GELU"},
+        ffn_drop: float = 0.0,
+        layer_scale_init_value: float = 0.0,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.act = activation(act_cfg)
+        self.fc1 = Linear(embed_dims, feedforward_channels, rngs=rngs)
+        self.fc2 = Linear(feedforward_channels, embed_dims, rngs=rngs)
+        self.drop = Dropout(ffn_drop)
+        self.gamma2 = LayerScale(embed_dims, layer_scale_init_value) if layer_scale_init_value else None
+
+    def __call__(self, x: Float[Array, "*batch c"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "*batch c"]:
+        x = self.drop(self.act(self.fc1(x)), rngs=rngs)
+        x = self.drop(self.fc2(x), rngs=rngs)
+        return x if self.gamma2 is None else self.gamma2(x)
+
+
+class SwiGLUFFNFused(BaseModule):
+    """w3(silu(a) * b) with (a, b) = w12(x): the gated feed-forward (Shazeer, 2020) of DINOv2's giant.
+
+    A gated layer has three matrices for two, so the hidden width is 2/3 of `feedforward_channels`, rounded up to a
+    multiple of 8. Arguments as for `FFN`; it has no activation to choose.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        feedforward_channels: int,
+        ffn_drop: float = 0.0,
+        layer_scale_init_value: float = 0.0,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        hidden = -(-int(feedforward_channels * 2 / 3) // 8) * 8
+        self.w12 = Linear(embed_dims, 2 * hidden, rngs=rngs)
+        self.w3 = Linear(hidden, embed_dims, rngs=rngs)
+        self.drop = Dropout(ffn_drop)
+        self.gamma2 = LayerScale(embed_dims, layer_scale_init_value) if layer_scale_init_value else None
+
+    def __call__(self, x: Float[Array, "*batch c"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "*batch c"]:
+        hidden = self.w12(x)
+        gate, value = hidden[..., : self.w3.in_features], hidden[..., self.w3.in_features :]
+        x = self.drop(self.w3(jax.nn.silu(gate) * value), rngs=rngs)
+        return x if self.gamma2 is None else self.gamma2(x)

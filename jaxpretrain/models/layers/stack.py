@@ -1,0 +1,115 @@
+"""Running a stack of alike blocks: unrolled, or scanned over parameters stacked on the fly; with or without remat."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxpretrain.build import ConfigError, nearest
+from jaxpretrain.models.layers.base import Frozen
+
+# What the backward pass finds saved: everything; only each block's input; that and the results of matmuls with weights.
+_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def apply_layers(
+    layers: Sequence[nnx.Module],
+    x: Float[Array, "b ..."],
+    *,
+    rngs: nnx.Rngs | None = None,
+    scan_layers: bool = False,
+    remat: str = "none",
+    out_indices: Collection[int] = (),
+) -> tuple[Float[Array, "b ..."], dict[int, Float[Array, "b ..."]]]:
+    """Applies `layers` one after the other. All forms give the same values, gradients and random draws.
+
+    A layer is called as `layer(x, rngs=rngs, drop_path_rate=rate)` and has an attribute `drop_path_rate`; for the
+    scanned form and for remat, it may hold `nnx.Param` and `Frozen` variables only (no running statistics).
+
+    Args:
+        layers: the blocks; parameters are kept per block.
+        x: input of the first.
+        rngs: for dropout and drop path; each layer gets a key of its own. May be None in eval mode.
+        scan_layers: stacks the parameters of consecutive layers that are alike (equal but for values and
+            `drop_path_rate`) and scans over them: the program's size and compile time no longer grow with depth.
+        remat: what is recomputed in the backward pass: 'none', 'full' (everything within a block), or 'dots' (all but
+            the results of matmuls with weights).
+        out_indices: the layers whose outputs are wanted, from 0 (negative ones are not understood).
+
+    Returns:
+        The output of the last layer, and {index: output of that layer} for `out_indices`, in order.
+    """
+    if remat not in _POLICIES:
+        raise ConfigError(f"remat: unknown policy {remat!r}.{nearest(remat, _POLICIES)}")
+    layers = list(layers)
+    keys = None if rngs is None else jax.random.split(rngs.dropout(), len(layers))
+    outputs = {}
+    for run in _alike_runs(layers, out_indices) if scan_layers else [[i] for i in range(len(layers))]:
+        if len(run) > 1:
+            x = _scan(layers[run[0] : run[-1] + 1], x, None if keys is None else keys[run[0] : run[-1] + 1], remat)
+        else:
+            x = _apply_one(layers[run[0]], x, None if keys is None else keys[run[0]], remat)
+        if run[-1] in out_indices:
+            outputs[run[-1]] = x
+    return x, outputs
+
+
+def _alike_runs(layers: Sequence[nnx.Module], out_indices: Collection[int]) -> list[list[int]]:
+    """The indices of the layers in runs that one scan can do: alike, and no output wanted but the last one's."""
+    kinds = [_split(layer)[0] for layer in layers]
+
+    def run_of(i: int) -> tuple[Any, int]:
+        return kinds[i], sum(j < i for j in out_indices)
+
+    return [list(run) for _, run in itertools.groupby(range(len(layers)), key=run_of)]
+
+
+def _split(layer: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+    """A layer's structure, which is equal for alike layers, and its weights."""
+    twin = nnx.clone(layer)  # so that the layer itself keeps its rate
+    twin.drop_path_rate = 0.0
+    graphdef, trained, frozen = nnx.split(twin, nnx.Param, Frozen)
+    return graphdef, {"trained": nnx.to_pure_dict(trained), "frozen": nnx.to_pure_dict(frozen)}
+
+
+def _call(graphdef: nnx.GraphDef, weights: dict, x: Array, key: Array | None, rate: float | Array) -> Array:
+    layer = nnx.merge(graphdef, weights["trained"], weights["frozen"])
+    return layer(x, rngs=None if key is None else nnx.Rngs(dropout=key), drop_path_rate=rate)
+
+
+def _apply_one(layer: nnx.Module, x: Array, key: Array | None, remat: str) -> Array:
+    rate = layer.drop_path_rate
+    if remat == "none":
+        return layer(x, rngs=None if key is None else nnx.Rngs(dropout=key), drop_path_rate=rate)
+    graphdef, weights = _split(layer)
+
+    def body(weights: dict, x: Array, key: Array | None) -> Array:
+        return _call(graphdef, weights, x, key, rate)
+
+    return jax.checkpoint(body, policy=_POLICIES[remat])(weights, x, key)
+
+
+def _scan(layers: Sequence[nnx.Module], x: Array, keys: Array | None, remat: str) -> Array:
+    graphdef = _split(layers[0])[0]
+    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[_split(layer)[1] for layer in layers])
+    # Rates that are all zero stay a Python number, which drops nothing and costs nothing.
+    rates = jnp.asarray([layer.drop_path_rate for layer in layers], jnp.float32)
+    rates = rates if any(layer.drop_path_rate for layer in layers) else None
+
+    def body(x: Array, per_layer: tuple) -> tuple[Array, None]:
+        weights, key, rate = per_layer
+        return _call(graphdef, weights, x, key, 0.0 if rate is None else rate), None
+
+    if remat != "none":  # a scan's iterations cannot be merged by common-subexpression elimination
+        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (weights, keys, rates))[0]

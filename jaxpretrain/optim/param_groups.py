@@ -1,0 +1,134 @@
+"""Which parameter learns how fast and decays how much: MMEngine's `paramwise_cfg`, from paths and shapes alone.
+
+A layer is known by its leaves. `scale` makes it a normalisation layer, so a LayerScale's weight must be called otherwise; a
+`kernel` [h, w, 1, c] makes it a depth-wise convolution.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from jaxpretrain.build import ConfigError, nearest
+
+logger = logging.getLogger("jaxpretrain")
+
+_OPTIONS = (
+    "custom_keys",
+    "bias_lr_mult",
+    "bias_decay_mult",
+    "norm_decay_mult",
+    "dwconv_decay_mult",
+    "flat_decay_mult",
+    "bypass_duplicate",  # every parameter is in our tree once
+)
+_CUSTOM_OPTIONS = ("lr_mult", "decay_mult", "lars_exclude")
+
+
+class Multipliers(NamedTuple):
+    """How one parameter departs from the optimizer's settings."""
+
+    lr_mult: float = 1.0
+    decay_mult: float = 1.0
+    lars_exclude: bool = False
+
+
+@dataclass(frozen=True)
+class ParamGroups:
+    """The departures of all parameters; each field is a pytree like the parameters, of Python numbers.
+
+    Attributes:
+        lr_mult: times the learning rate.
+        decay_mult: times the weight decay.
+        lars_exclude: whether LARS leaves out its trust ratio.
+    """
+
+    lr_mult: PyTree
+    decay_mult: PyTree
+    lars_exclude: PyTree
+
+
+def param_groups(params: PyTree, paramwise_cfg: Mapping[str, Any] | None = None) -> ParamGroups:
+    """The multipliers that `paramwise_cfg` gives to each parameter.
+
+    Args:
+        params: nested dicts of arrays or ShapeDtypeStructs; paths are keys joined by '/', such as
+            'backbone/layers/0/ln1/scale'.
+        paramwise_cfg: any of
+            custom_keys: {part of a path: dict(lr_mult=, decay_mult=, lars_exclude=)}. The longest key that occurs in the path
+                decides, alphabetically first among equally long ones, and no other rule applies. Separators may be '/' or
+                '.', and MMPretrain's leaf name `weight` fits `kernel` and `scale`, so its keys work unchanged.
+            norm_decay_mult: for scales and biases of normalisation layers.
+            bias_lr_mult: for biases that are not a normalisation layer's.
+            bias_decay_mult: for all biases for which no norm_decay_mult is given.
+            dwconv_decay_mult: for depth-wise convolutions.
+            flat_decay_mult: for one-dimensional parameters to which no other rule applies.
+
+    Raises:
+        ConfigError: an unknown option, naming the nearest.
+    """
+    cfg: Mapping[str, Any] = paramwise_cfg or {}
+    for option in cfg:
+        if option not in _OPTIONS:
+            raise ConfigError(f"paramwise_cfg has no option {option!r}.{nearest(option, _OPTIONS)}")
+    custom = _custom_multipliers(cfg.get("custom_keys") or {})
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+    used: set[str] = set()
+    rows = []
+    for name, shape in shapes.items():
+        key = next((key for key in custom if _occurs(key, name)), None)
+        if key is not None:
+            used.add(key)
+        rows.append(_by_kind(name, shape, shapes, cfg) if key is None else custom[key])
+    if unused := sorted(set(custom) - used):
+        logger.info("paramwise_cfg.custom_keys that occur in no parameter's name: %s", ", ".join(unused))
+    return ParamGroups(*(treedef.unflatten(column) for column in zip(*rows, strict=True)))
+
+
+def _custom_multipliers(custom_keys: Mapping[str, Mapping[str, Any]]) -> dict[str, Multipliers]:
+    """The rules in the order in which they are tried."""
+    for key, options in custom_keys.items():
+        for option in options:
+            if option not in _CUSTOM_OPTIONS:
+                hint = nearest(option, _CUSTOM_OPTIONS)
+                raise ConfigError(f"paramwise_cfg.custom_keys[{key!r}] has no option {option!r}.{hint}")
+    ordered = sorted(sorted(custom_keys), key=len, reverse=True)
+    return {
+        key: Multipliers(
+            float(custom_keys[key].get("lr_mult", 1.0)),
+            float(custom_keys[key].get("decay_mult", 1.0)),
+            bool(custom_keys[key].get("lars_exclude", False)),
+        )
+        for key in ordered
+    }
+
+
+def _occurs(key: str, name: str) -> bool:
+    # A key such as '.cls_token' means a whole component, so a path of one component starts with the separator too.
+    path = name if "/" in name else "/" + name
+    parent, _, leaf = path.rpartition("/")
+    spellings = {path, f"{parent}/weight" if leaf in ("kernel", "scale") else path}
+    return any(key.replace("/", ".") in spelling.replace("/", ".") for spelling in spellings)
+
+
+def _by_kind(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[str, Any]) -> Multipliers:
+    parent, _, leaf = name.rpartition("/")
+    beside = parent + "/" if parent else ""
+    is_bias, is_norm = leaf == "bias", f"{beside}scale" in shapes and leaf in ("scale", "bias")
+    kernel = shapes.get(f"{beside}kernel", ())
+    rules = (
+        (is_norm, "norm_decay_mult"),
+        (is_bias, "bias_decay_mult"),
+        (len(kernel) == 4 and kernel[2] == 1 and leaf in ("kernel", "bias"), "dwconv_decay_mult"),
+        (len(shape) == 1, "flat_decay_mult"),
+    )
+    decay = next((cfg[rule] for applies, rule in rules if applies and cfg.get(rule) is not None), 1.0)
+    lr = cfg.get("bias_lr_mult") if is_bias and not is_norm else None
+    return Multipliers(1.0 if lr is None else float(lr), float(decay))

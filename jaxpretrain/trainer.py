@@ -1,0 +1,292 @@
+"""The one training loop, for every method."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpretrain import flops
+from jaxpretrain.build import ConfigError
+from jaxpretrain.checkpoint import Checkpointer, load_params
+from jaxpretrain.cli import ExpectedFailure
+from jaxpretrain.config import to_plain
+from jaxpretrain.data.device import DevicePipeline
+from jaxpretrain.data.pipeline import TrainLoader
+from jaxpretrain.data.prefetch import device_prefetch
+from jaxpretrain.evaluators.base import run_all
+from jaxpretrain.evaluators.context import make_context, make_evaluators
+from jaxpretrain.logs import Clock, MetricLogger
+from jaxpretrain.optim import build_optimizer, learning_rates, scale_lr
+from jaxpretrain.sharding import BATCH, log_replicated, make_mesh, tree_shardings
+from jaxpretrain.train_state import Batch, State, init_state, make_method, make_train_step, split
+from jaxpretrain.visualize.report import write_report
+
+logger = logging.getLogger("jaxpretrain")
+
+
+class NonFiniteError(ExpectedFailure):
+    """A loss or another metric became NaN or infinite."""
+
+
+def train(config: Any, workdir: str | Path) -> dict[str, float]:
+    """Trains to the end, or on from the latest checkpoint in `workdir`; returns the last evaluation's scores."""
+    return Trainer(config, workdir).fit()
+
+
+class Trainer:
+    """Everything that a run needs, set up from its config; `fit` runs the loop.
+
+    Setting up allocates no weights and reads no images. Raises ConfigError for what cannot work: batch sizes that do not
+    divide, a classifier of another class count than the data, missing data.
+    """
+
+    def __init__(self, config: Any, workdir: str | Path):
+        self.config, self.workdir = config, Path(workdir)
+        self.mesh = make_mesh(config.mesh)
+        self._check_batch_size()
+        self.loader = TrainLoader(
+            to_plain(config.data.train),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_workers=config.data.num_workers,
+            num_threads=config.data.num_threads,
+            prefetch=config.data.prefetch,
+            max_bad=config.data.max_bad,
+        )
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = config.max_steps or config.max_epochs * self.steps_per_epoch
+        optim_wrapper = to_plain(config.optim_wrapper)
+        if config.auto_scale_lr.enable:
+            optim_wrapper = scale_lr(optim_wrapper, config.batch_size, config.auto_scale_lr.base_batch_size)
+        rates = learning_rates(
+            to_plain(config.param_scheduler),
+            optim_wrapper["optimizer"]["lr"],
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            max_epochs=config.max_epochs,
+        )
+        method = make_method(config)
+        self._check_class_count(method)
+        graphdef, params, _ = split(method)
+        optimizer = build_optimizer(optim_wrapper, rates, params)
+        self.init = functools.partial(init_state, config, optimizer)
+        self.abstract_state = jax.eval_shape(self.init)
+        self.shardings = tree_shardings(self.abstract_state, self.mesh, config.sharding_rules)
+        log_replicated(self.abstract_state["params"], self.shardings["params"], self.mesh)
+        self._step = functools.partial(
+            make_train_step, optimizer=optimizer, learning_rates=np.asarray(rates, np.float32), augment=self._augment()
+        )
+        self.graphdef = graphdef
+        self.checkpointer = Checkpointer(self.workdir / "checkpoints", to_plain(config), **config.checkpoint)
+        self.clock = Clock()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loop
+
+    def fit(self) -> dict[str, float]:
+        """Restores or initialises, trains, evaluates, saves; at the end writes the report."""
+        config, scores = self.config, {}
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        state, start = self._restore_or_init()
+        log = MetricLogger(self.workdir, self.total_steps, config.batch_size, config, start, clock=self.clock)
+        batches = device_prefetch(iter(self.loader), NamedSharding(self.mesh, BATCH), config.data.prefetch)
+        context = make_context(config, self.mesh, self.workdir)
+        evaluators = make_evaluators(config, context)
+        compiled, window = None, []
+
+        def evaluate(step: int) -> dict[str, float]:
+            with self.clock.pause():
+                scores.update(run_all(evaluators, state))
+            log.evaluation(step, scores)
+            return scores
+
+        def check_window() -> dict[str, Any]:
+            """Fetches all steps since the last time; the last one's metrics. Stops at a value that is not finite."""
+            fetched = jax.device_get(window)
+            window.clear()
+            self._stop_if_not_finite(fetched)
+            return fetched[-1][1] if fetched else {}
+
+        if start == 0 and config.evaluation.at_start and evaluators:
+            evaluate(0)
+        with Preemption() as preemption, self._transfer_guard(), contextlib.closing(batches):
+            for step in range(start + 1, self.total_steps + 1):
+                batch = next(batches)
+                if compiled is None:
+                    with self.clock.pause():
+                        compiled = self._compile(state, batch, log)
+                with self._profile(step - start):
+                    state, metrics = compiled(state, batch)
+                window.append((step, metrics))
+                last = step == self.total_steps
+                if step % config.log_interval == 0 or last:
+                    log.write(step, check_window(), data_wait=batches.wait_seconds)
+                fresh_scores = None
+                if evaluators and (last or self._due(step, config.evaluation)):
+                    check_window()
+                    fresh_scores = evaluate(step)
+                preempted = preemption.reached(step)
+                if config.checkpoint.interval != -1 and (last or preempted or self._due(step, config.checkpoint)):
+                    check_window()
+                    with self.clock.pause():
+                        self._save(step, state, fresh_scores)
+                if preempted:
+                    break
+        with self.clock.pause():
+            self.checkpointer.wait()
+        log.close()
+        self.loader.close()
+        if preemption.received and (step < self.total_steps):
+            raise ExpectedFailure(
+                f"{preemption.received} received: stopped after step {step} of {self.total_steps}"
+                + (", checkpoint saved" if config.checkpoint.interval != -1 else ", nothing saved (interval=-1)")
+                + "; the same command continues from there"
+            )
+        if jax.process_index() == 0:
+            logger.info("report: %s", write_report(self.workdir))
+        return scores
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Its parts
+
+    def _restore_or_init(self) -> tuple[State, int]:
+        step = self.config.checkpoint.step or self.checkpointer.latest_step()
+        if step is None:
+            state = jax.jit(self.init, out_shardings=self.shardings)()
+            if self.config.load_from:
+                state = self._load_weights(state)
+            if jax.process_index() == 0:
+                (self.workdir / "config.json").write_text(json.dumps(to_plain(self.config), indent=2))
+            return state, 0
+        abstract = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self.abstract_state,
+            self.shardings,
+        )
+        restored = self.checkpointer.restore(abstract, step)
+        self.loader.set_state(restored.data_state)
+        self.clock.load_state_dict(restored.clock)
+        logger.info("continuing from step %d of %d in %s", step, self.total_steps, self.workdir)
+        return restored.state, step
+
+    def _load_weights(self, state: State) -> State:
+        loaded = load_params(self.config.load_from)
+        new = dict(state, params=loaded.params, model_state=loaded.model_state)
+        jax.tree.map(lambda a, b: None, state["params"], loaded.params)  # same structure, or an error that shows where
+        return jax.device_put(new, self.shardings)
+
+    def _save(self, step: int, state: State, scores: dict[str, float] | None) -> None:
+        self.checkpointer.save(
+            step, state, data_state=self.loader.get_state(step), clock=self.clock.state_dict(), metrics=scores
+        )
+
+    def _compile(self, state: State, batch: Batch, log: MetricLogger) -> Any:
+        begin = time.perf_counter()
+        shardings = (self.shardings, NamedSharding(self.mesh, PartitionSpec()))
+        step = jax.jit(self._step(self.config, self.graphdef), donate_argnums=0, out_shardings=shardings)
+        traced = step.trace(state, batch)
+        compiled = traced.lower().compile()
+        log.set_flops(flops.count_jaxpr(traced.jaxpr))
+        logger.info("step compiled in %.1f s", time.perf_counter() - begin)
+        return compiled
+
+    def _augment(self) -> Any:
+        pipeline = DevicePipeline(to_plain(self.config.data.train.device_pipeline), **self.config.data_preprocessor)
+        dtype = jnp.dtype(self.config.dtype)
+
+        def augment(batch: Batch, rng: jax.Array) -> Batch:
+            batch = pipeline(batch, rng)
+            return dict(batch, image=jax.tree.map(lambda image: image.astype(dtype), batch["image"]))
+
+        return augment
+
+    def _due(self, step: int, when: Any) -> bool:
+        every = when.interval * (self.steps_per_epoch if when.by_epoch else 1)
+        return every > 0 and step % every == 0
+
+    def _transfer_guard(self) -> Any:
+        return jax.transfer_guard("disallow") if self.config.transfer_guard else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _profile(self, step: int, first: int = 10, last: int = 14) -> Iterator[None]:
+        """Traces steps 10 to 14 of this process, past compilation and warm-up, if config.profile is set."""
+        if self.config.profile and step == min(first, self.total_steps):
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        yield
+        if self.config.profile and step == min(last, self.total_steps):
+            jax.profiler.stop_trace()
+            logger.info("profile: %s", self.workdir / "profile")
+
+    @staticmethod
+    def _stop_if_not_finite(fetched: list[tuple[int, dict[str, Any]]]) -> None:
+        for step, metrics in fetched:
+            bad = [f"{name}={float(value)}" for name, value in metrics.items() if not math.isfinite(value)]
+            if bad:
+                raise NonFiniteError(
+                    f"step {step}: {', '.join(bad)} is not finite; nothing was saved since the last good checkpoint. "
+                    "A lower learning rate, a longer warm-up, optim_wrapper.clip_grad or dtype='float32' may help"
+                )
+
+    def _check_batch_size(self) -> None:
+        config, rows = self.config, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if config.batch_size % (rows * config.accumulative_counts):
+            raise ConfigError(
+                f"config.batch_size={config.batch_size} is not divisible by {rows} (devices along data and fsdp) x "
+                f"{config.accumulative_counts} (config.accumulative_counts)"
+            )
+
+    def _check_class_count(self, method: nnx.Module) -> None:
+        classes = self.loader.num_classes
+        for _, node in nnx.iter_graph(method):
+            head = getattr(node, "num_classes", None) if hasattr(node, "fc") else None
+            if classes and isinstance(head, int) and head < classes:
+                raise ConfigError(
+                    f"The head has {head} classes, but the data set has {classes}: "
+                    f"set --config.method.model.head.num_classes={classes}"
+                )
+
+
+class Preemption:
+    """Notices SIGTERM (a cluster taking the machine back), so that the loop can save and leave between two steps.
+
+    With several processes all agree on the step, whichever of them got the signal.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> Preemption:
+        self._distributed = jax.process_count() > 1  # there, JAX's own service listens for the signal
+        if not self._distributed:
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number).name
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step."""
+        if self._distributed and multihost_utils.reached_preemption_sync_point(step):
+            self.received = "SIGTERM"
+        return self.received is not None
+
+    def __exit__(self, *exception: Any) -> None:
+        if not self._distributed:
+            signal.signal(signal.SIGTERM, self._previous)

@@ -1,0 +1,141 @@
+"""Reading golden data: the reference's weights by rule, written into our modules by its names, and summaries compared.
+
+Golden files in `tests/golden` were made by running MMPretrain 1.2; weights are a function of each tensor's name and shape,
+so none are stored. Names are ours with a few renamings (`RENAMES`), arrays are transposed to our layouts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-5  # of the largest magnitude; PyTorch's own float32 noise is 1e-6
+
+RENAMES = [
+    (r"\.ffn\.layers\.0\.0\.", ".ffn.fc1."),
+    (r"\.ffn\.layers\.1\.", ".ffn.fc2."),
+    (r"\.running_mean$", ".mean"),
+    (r"\.running_var$", ".var"),
+    (r"^head\.layers\.", "head."),
+]
+
+
+def load_golden(name: str) -> dict[str, Any]:
+    """The golden file `tests/golden/NAME.json` or `.json.gz`."""
+    path = GOLDEN / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    return json.loads(gzip.decompress(path.with_suffix(".json.gz").read_bytes()))
+
+
+def reference_weight(key: str, shape: tuple[int, ...], fill: str) -> np.ndarray:
+    """The value of one tensor of the reference, by the rule in the golden files."""
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
+    if fill == "running_var":
+        value = 0.5 + rng.random(shape)
+    elif fill == "norm":
+        value = 1 + 0.1 * rng.standard_normal(shape)
+    elif fill == "bias":
+        value = 0.1 * rng.standard_normal(shape)
+    elif fill == "weight":
+        value = rng.standard_normal(shape) * np.sqrt(1 / np.prod(shape[1:]))
+    else:
+        raise ValueError(f"{key}: no rule for fill {fill!r}")
+    return value.astype(np.float32)
+
+
+def our_name(key: str) -> str:
+    """The path in our modules of a tensor of the reference, up to its last part."""
+    for pattern, new in RENAMES:
+        key = re.sub(pattern, new, key)
+    return key
+
+
+def fill_by_reference(module: nnx.Module, manifest: list, prefix: str = "", skip: str | None = None) -> None:
+    """Writes the reference's weights into `module`, in place; both sides must match completely.
+
+    Args:
+        module: what to fill.
+        manifest: rows [key, shape, (dtype,) fill, ...] of a golden file.
+        prefix: only keys that start so are used, and lose it.
+        skip: regular expression of keys of the reference that we derive instead of storing.
+    """
+    variables = {}
+    for path, variable in nnx.state(module).flat_state():
+        variables[".".join(map(str, path))] = variable
+    wanted = dict(variables)
+    missing = []
+    for row in manifest:
+        key, shape = row[0], tuple(row[1])
+        fill = next(part for part in row[2:] if part not in ("float32", "int64", "bool", "int32"))
+        if not key.startswith(prefix) or (skip and re.search(skip, key)):
+            continue
+        name = our_name(key[len(prefix) :])
+        if name.endswith(".weight"):
+            stem = name.removesuffix("weight")
+            name = next((stem + leaf for leaf in ("kernel", "scale", "weight") if stem + leaf in variables), name)
+        if name not in variables:
+            missing.append(f"{key} -> {name} {shape}")
+            continue
+        wanted.pop(name, None)
+        if fill == "as_built":
+            continue
+        value = reference_weight(key, shape, fill)
+        if name.endswith("kernel"):
+            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        variable = variables[name]
+        assert variable.shape == value.shape, f"{key}: {value.shape} does not fit {name} {variable.shape}"
+        variable.set_value(value.astype(variable.dtype))
+    assert not missing and not wanted, f"no place for {missing}; not filled: {sorted(wanted)}"
+    nnx.update(module, nnx.State.from_flat_path({tuple(_key(p) for p in k.split(".")): v for k, v in variables.items()}))
+
+
+def _key(part: str) -> str | int:
+    return int(part) if part.isdigit() else part
+
+
+def reference_input(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """The golden input: NCHW standard normal numbers, handed over as NHWC."""
+    x = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape).astype(np.float32)
+    return x.transpose(0, 2, 3, 1)
+
+
+def assert_summary(actual: Any, summary: dict[str, Any], tolerance: float = TOLERANCE) -> None:
+    """Compares an array of ours with a golden summary (mean, std, absmax, first8, samples16) of the reference's layout.
+
+    Four-dimensional arrays are images: ours are NHWC, the summary's are NCHW.
+    """
+    array = np.asarray(actual)
+    if array.ndim == 4:
+        array = array.transpose(0, 3, 1, 2)
+    assert list(array.shape) == summary["shape"]
+    flat = array.reshape(-1).astype(np.float64)
+    scale = summary["absmax"]
+    index = np.linspace(0, flat.size - 1, 16).astype(np.int64)
+    for name, value in (
+        ("absmax", np.abs(flat).max()),
+        ("mean", flat.mean()),
+        ("std", flat.std()),
+        ("first8", flat[:8]),
+        ("samples16", flat[index]),
+    ):
+        error = np.abs(np.asarray(value) - np.asarray(summary[name])).max() / scale
+        assert error <= tolerance, f"{name}: off by {error:.2e} of the largest magnitude {scale}"
+
+
+def assert_logits(actual: Any, golden: dict[str, Any], tolerance: float = TOLERANCE) -> None:
+    """Compares logits [B, classes] with the golden rows, relative to their largest magnitude."""
+    array = np.asarray(actual, np.float64)
+    for ours, row in zip(array, golden["rows"], strict=True):
+        width = len(row["first32"])
+        error = np.abs(ours[:width] - np.asarray(row["first32"])).max() / row["absmax"]
+        assert error <= tolerance, f"off by {error:.2e} of the largest magnitude {row['absmax']}"
+        assert ours.argmax() == row["argmax"]
