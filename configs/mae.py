@@ -1,7 +1,7 @@
 """MAE: Masked Autoencoders Are Scalable Vision Learners (He et al., 2021).
 
-Measured here: `digits`, on 2 CPU cores. Published by MMPretrain (top-1 on ImageNet-1k after fine-tuning / linear probe): the rest;
-none of those were run by us.
+Measured here: `digits`, on 2 CPU cores. The others have not been run by us; published by MMPretrain: top-1 on ImageNet-1k
+after fine-tuning / with a linear probe.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|

@@ -40,7 +40,9 @@ CIFAR = {
 }
 
 
-def classifier(backbone: dict, num_classes: int, in_channels: int, loss: dict | None = None, augments: Any = None) -> dict:
+def classifier(
+    backbone: dict, num_classes: int, in_channels: int, loss: dict | None = None, augments: Any = None
+) -> dict:
     model = dict(
         type="ImageClassifier",
         backbone=dict(num_stages=4, out_indices=(3,), style="pytorch", **backbone),
@@ -70,9 +72,7 @@ def in1k(
 ) -> ConfigDict:
     norm = dict(type="BN", requires_grad=True, groups=gpus)
     return recipe(
-        method=classifier(
-            dict(type=kind, depth=depth, norm_cfg=norm), 1000, 512 if depth < 50 else 2048, **model
-        ),
+        method=classifier(dict(type=kind, depth=depth, norm_cfg=norm), 1000, 512 if depth < 50 else 2048, **model),
         data=imagenet([dict(type="RandomResizedCrop", scale=224, **(crop or {}))], [FLIP]),
         batch_size=gpus * per_gpu,
         max_epochs=100,
@@ -149,9 +149,7 @@ RECIPES = {
     "resnet50_8xb32-lbs_in1k": partial(in1k, 50, loss=LABEL_SMOOTHING),
     "resnet50_8xb32-mixup_in1k": partial(in1k, 50, augments=dict(type="Mixup", alpha=0.2)),
     "resnet50_8xb32-cutmix_in1k": partial(in1k, 50, augments=dict(type="CutMix", alpha=1.0)),
-    "resnet50_32xb64-warmup_in1k": partial(
-        in1k, 50, gpus=32, per_gpu=64, schedule=WARMUP_STEPS, optimizer=NESTEROV
-    ),
+    "resnet50_32xb64-warmup_in1k": partial(in1k, 50, gpus=32, per_gpu=64, schedule=WARMUP_STEPS, optimizer=NESTEROV),
     "resnet50_32xb64-warmup-lbs_in1k": partial(
         in1k, 50, gpus=32, per_gpu=64, schedule=WARMUP_STEPS, optimizer=NESTEROV, loss=LABEL_SMOOTHING
     ),

@@ -96,7 +96,13 @@ def tiny() -> ConfigDict:
                     transforms=[[dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.4, 1.0))]],
                 )
             ],
-            [dict(type="MultiView", num_views=2, transforms=[[dict(type="RandomApply", transforms=[jitter], prob=0.8)]])],
+            [
+                dict(
+                    type="MultiView",
+                    num_views=2,
+                    transforms=[[dict(type="RandomApply", transforms=[jitter], prob=0.8)]],
+                )
+            ],
         ),
         data_preprocessor=DIGITS_MEAN_STD,
         batch_size=128,

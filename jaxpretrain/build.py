@@ -51,7 +51,9 @@ _TABLE: dict[str, str] = {
     "CutMix": "jaxpretrain.data.batch_augments",
     # optimizers and schedules
     "SGD": "jaxpretrain.optim.optimizers",
+    "Adam": "jaxpretrain.optim.optimizers",
     "AdamW": "jaxpretrain.optim.optimizers",
+    "Lamb": "jaxpretrain.optim.optimizers",
     "LARS": "jaxpretrain.optim.optimizers",
     "LinearLR": "jaxpretrain.optim.schedules",
     "CosineAnnealingLR": "jaxpretrain.optim.schedules",
@@ -59,6 +61,9 @@ _TABLE: dict[str, str] = {
     "ConstantLR": "jaxpretrain.optim.schedules",
     "StepLR": "jaxpretrain.optim.schedules",
     "ExponentialLR": "jaxpretrain.optim.schedules",
+    "PolyLR": "jaxpretrain.optim.schedules",
+    "CosineAnnealingWeightDecay": "jaxpretrain.optim.schedules",
+    "CosineAnnealingParamScheduler": "jaxpretrain.optim.schedules",
     # data sets
     "Digits": "jaxpretrain.data.sources",
     "CustomDataset": "jaxpretrain.data.sources",

@@ -24,7 +24,9 @@ class Flags:
         return self.values.get(name)
 
 
-def parse(argv: list[str], known: Mapping[str, str], switches: Mapping[str, str] | None = None, usage: str = "") -> Flags:
+def parse(
+    argv: list[str], known: Mapping[str, str], switches: Mapping[str, str] | None = None, usage: str = ""
+) -> Flags:
     """Reads `--name=value`, `--name value`, `--switch` and `--config.a.b=value`.
 
     Args:

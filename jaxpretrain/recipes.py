@@ -58,7 +58,9 @@ def digits(pipeline: list[Cfg], device_pipeline: list[Cfg], size: int = 32) -> C
 DIGITS_MEAN_STD: Cfg = dict(mean=(77.8, 77.8, 77.8), std=(95.9, 95.9, 95.9))
 
 
-def warmup_cosine(epochs: int, warmup: int, start_factor: float = 1e-4, *, by_iter: bool = True, **cosine: Any) -> list[Cfg]:
+def warmup_cosine(
+    epochs: int, warmup: int, start_factor: float = 1e-4, *, by_iter: bool = True, **cosine: Any
+) -> list[Cfg]:
     """Linear warm-up per iteration, then a cosine to zero, per iteration or per epoch (`by_iter=False`)."""
     tail: Cfg = dict(type="CosineAnnealingLR", T_max=epochs - warmup, by_epoch=True, begin=warmup, end=epochs, **cosine)
     return [

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxpretrain.build import build
 from jaxpretrain.methods.base import Method, Progress
@@ -68,11 +69,12 @@ def make_loss(graphdef: nnx.GraphDef, augment: Callable[[Batch, Array], Batch]) 
 
 
 def make_train_step(
-    config: Any,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    learning_rates: Array,
+    learning_rates: Float[np.ndarray, " total_steps"],
     augment: Callable[[Batch, Array], Batch],
+    accumulative_counts: int = 1,
+    ema: dict[str, Any] | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
     """One optimizer step: gradients (over micro-batches), update, the method's `after_step`, the average of weights.
 
@@ -81,7 +83,7 @@ def make_train_step(
     and metrics are averaged over micro-batches, other state passes through them in turn.
     """
     gradient = jax.value_and_grad(make_loss(graphdef, augment), has_aux=True)
-    pieces, total_steps = config.accumulative_counts, len(learning_rates)
+    pieces, total_steps = accumulative_counts, len(learning_rates)
 
     def accumulated(state: State, batch: Batch, rng: Array, key: Array) -> Any:
         if pieces == 1:
@@ -110,13 +112,13 @@ def make_train_step(
         method = nnx.merge(graphdef, params, model_state)
         method.after_step(Progress(step=state["step"] + 1, total_steps=total_steps))
         model_state = split(method)[2]
-        ema = state["ema"]
-        if config.ema:
-            ema = ema_update(ema, params, state["step"], **config.ema)
+        average = ema_update(state["ema"], params, state["step"], **ema) if ema else state["ema"]
         metrics = dict(
             loss=loss, **metrics, grad_norm=optax.global_norm(grads), lr=jnp.asarray(learning_rates)[state["step"]]
         )
-        new = dict(state, params=params, model_state=model_state, opt_state=opt_state, ema=ema, step=state["step"] + 1)
+        new = dict(
+            state, params=params, model_state=model_state, opt_state=opt_state, ema=average, step=state["step"] + 1
+        )
         return new, metrics
 
     return train_step

@@ -31,7 +31,7 @@ from jaxpretrain.data.prefetch import device_prefetch
 from jaxpretrain.evaluators.base import run_all
 from jaxpretrain.evaluators.context import make_context, make_evaluators
 from jaxpretrain.logs import Clock, MetricLogger
-from jaxpretrain.optim import build_optimizer, learning_rates, scale_lr
+from jaxpretrain.optim import base_lr, build_optimizer, learning_rates, scale_lr, weight_decays
 from jaxpretrain.sharding import BATCH, log_replicated, make_mesh, tree_shardings
 from jaxpretrain.train_state import Batch, State, init_state, make_method, make_train_step, split
 from jaxpretrain.visualize.report import write_report
@@ -75,26 +75,29 @@ class Trainer:
         optim_wrapper = to_plain(config.optim_wrapper)
         if config.auto_scale_lr.enable:
             optim_wrapper = scale_lr(optim_wrapper, config.batch_size, config.auto_scale_lr.base_batch_size)
-        rates = learning_rates(
-            to_plain(config.param_scheduler),
-            optim_wrapper["optimizer"]["lr"],
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            max_epochs=config.max_epochs,
-        )
+        schedulers = to_plain(config.param_scheduler)
+        length = dict(total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch, max_epochs=config.max_epochs)
+        rates = functools.partial(learning_rates, schedulers, **length)
+        decays = functools.partial(weight_decays, schedulers, **length)
         method = make_method(config)
         self._check_class_count(method)
         graphdef, params, _ = split(method)
-        optimizer = build_optimizer(optim_wrapper, rates, params)
+        optimizer = build_optimizer(optim_wrapper, rates, params, decays)
         self.init = functools.partial(init_state, config, optimizer)
         self.abstract_state = jax.eval_shape(self.init)
         self.shardings = tree_shardings(self.abstract_state, self.mesh, config.sharding_rules)
         log_replicated(self.abstract_state["params"], self.shardings["params"], self.mesh)
         self._step = functools.partial(
-            make_train_step, optimizer=optimizer, learning_rates=np.asarray(rates, np.float32), augment=self._augment()
+            make_train_step,
+            optimizer=optimizer,
+            learning_rates=rates(base_lr(optim_wrapper)).astype(np.float32),
+            augment=self._augment(),
+            accumulative_counts=config.accumulative_counts,
+            ema=to_plain(config.ema),
         )
         self.graphdef = graphdef
         self.checkpointer = Checkpointer(self.workdir / "checkpoints", to_plain(config), **config.checkpoint)
+        self.batch_sharding = NamedSharding(self.mesh, BATCH)
         self.clock = Clock()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ class Trainer:
         self.workdir.mkdir(parents=True, exist_ok=True)
         state, start = self._restore_or_init()
         log = MetricLogger(self.workdir, self.total_steps, config.batch_size, config, start, clock=self.clock)
-        batches = device_prefetch(iter(self.loader), NamedSharding(self.mesh, BATCH), config.data.prefetch)
+        batches = device_prefetch(iter(self.loader), self.batch_sharding, config.data.prefetch)
         context = make_context(config, self.mesh, self.workdir)
         evaluators = make_evaluators(config, context)
         compiled, window = None, []
@@ -131,7 +134,8 @@ class Trainer:
                 batch = next(batches)
                 if compiled is None:
                     with self.clock.pause():
-                        compiled = self._compile(state, batch, log)
+                        compiled = self.compile(state, batch)
+                    log.set_flops(self.flops)
                 with self._profile(step - start):
                     state, metrics = compiled(state, batch)
                 window.append((step, metrics))
@@ -197,14 +201,22 @@ class Trainer:
             step, state, data_state=self.loader.get_state(step), clock=self.clock.state_dict(), metrics=scores
         )
 
-    def _compile(self, state: State, batch: Batch, log: MetricLogger) -> Any:
+    def compile(self, state: State, batch: Batch) -> Any:
+        """The training step for arrays like these: (state, batch) -> (state, metrics); it consumes the state.
+
+        Also counts `flops`, of matrix products and convolutions in one step; recomputation by remat is not work.
+        """
         begin = time.perf_counter()
         shardings = (self.shardings, NamedSharding(self.mesh, PartitionSpec()))
-        step = jax.jit(self._step(self.config, self.graphdef), donate_argnums=0, out_shardings=shardings)
-        traced = step.trace(state, batch)
+        traced = jax.jit(self._step(self.graphdef), donate_argnums=0, out_shardings=shardings).trace(state, batch)
         compiled = traced.lower().compile()
-        log.set_flops(flops.count_jaxpr(traced.jaxpr))
-        logger.info("step compiled in %.1f s", time.perf_counter() - begin)
+        jaxpr = traced.jaxpr
+        if self.config.remat != "none":
+            plain = make_method(self.config)
+            plain.set_attributes(remat="none", raise_if_not_found=False)
+            jaxpr = jax.make_jaxpr(self._step(split(plain)[0]))(state, batch)
+        self.flops = flops.count_jaxpr(jaxpr)
+        logger.info("training step compiled in %.1f s", time.perf_counter() - begin)
         return compiled
 
     def _augment(self) -> Any:

@@ -24,7 +24,6 @@ RENAMES = [
     (r"\.ffn\.layers\.1\.", ".ffn.fc2."),
     (r"\.running_mean$", ".mean"),
     (r"\.running_var$", ".var"),
-    (r"^head\.layers\.", "head."),
 ]
 
 

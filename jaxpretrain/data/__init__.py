@@ -1,1 +1,4 @@
-"""Host side of data: sources, decoding, transforms, the loaders, and the copy to the device. Importing it imports nothing heavy."""
+"""Host side of data: sources, decoding, transforms, loaders, and the copy to the devices; and what runs on the devices.
+
+Importing this package imports nothing heavy.
+"""

@@ -17,8 +17,8 @@ Sample = dict[str, Any]
 class Source:
     """Base of the data sources. Any object with `__len__` and `__getitem__` serves too; what else is here is optional.
 
-    `source[i]` is a dict: `image` (encoded bytes, or uint8 pixels [H,W,3]), `label` (int, -1 where unknown), and optionally
-    `path`. It must be safe to call from several threads, and the object must pickle, for worker processes.
+    `source[i]` is a dict: `image` (encoded bytes, or uint8 pixels [H,W,3]), `label` (int, -1 where unknown), and
+    optionally `path`. It must be safe to call from several threads, and the object must pickle, for worker processes.
     """
 
     in_memory: bool = False  # pixels are at hand: worker processes would only add cost
@@ -51,7 +51,7 @@ class InMemory(Source):
     def __init__(
         self,
         images: Shaped[np.ndarray, "n h w *c"],
-        labels: Int[np.ndarray, "n"],
+        labels: Int[np.ndarray, " n"],
         classes: Sequence[str] | None = None,
     ):
         if len(images) != len(labels):
@@ -72,7 +72,9 @@ def read_classes(classes: Sequence[str] | str | Path | None) -> tuple[str, ...] 
     if isinstance(classes, str | Path):
         path = Path(classes).expanduser()
         if not path.is_file():
-            raise ConfigError(f"classes={str(classes)!r}: no such file; give a list of names, or a file with one name per line")
+            raise ConfigError(
+                f"classes={str(classes)!r}: no such file; give a list of names, or a file with one name per line"
+            )
         return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     return None if classes is None else tuple(classes)
 

@@ -7,7 +7,7 @@ import io
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,14 +17,17 @@ from jaxpretrain.data.base import InMemory, check_split
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR100 = (
-    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle "
-    "caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish "
-    "forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle "
-    "mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine "
-    "possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar "
-    "sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale "
-    "willow_tree wolf woman worm"
-).split()
+    "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl",
+    "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair",
+    "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin",
+    "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp",
+    "lawn_mower", "leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain",
+    "mouse", "mushroom", "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear", "pickup_truck",
+    "pine_tree", "plain", "plate", "poppy", "porcupine", "possum", "rabbit", "raccoon", "ray", "road", "rocket",
+    "rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider", "squirrel",
+    "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor",
+    "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm",
+)  # fmt: skip
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
@@ -32,17 +35,17 @@ class CIFAR10(InMemory):
     """CIFAR-10 (Krizhevsky, 2009): 50000 + 10000 images of 32x32 in 10 classes.
 
     Args:
-        data_root: folder that holds `cifar-10-batches-py` ("python version") or `cifar-10-batches-bin` ("binary version"),
-            or that folder itself.
+        data_root: folder that holds `cifar-10-batches-py` (the "python version") or `cifar-10-batches-bin` (the "binary
+            version"), or that folder itself.
         split: `train` or `test`.
     """
 
     url = "https://www.cs.toronto.edu/~kriz/cifar.html"
     folders = ("cifar-10-batches-py", "cifar-10-batches-bin")
-    files = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+    files: ClassVar = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
     label_key = "labels"
     label_bytes = 1  # of a record of the binary version; the last of them is the label
-    class_names = _CIFAR10
+    class_names: tuple[str, ...] = _CIFAR10
 
     def __init__(self, data_root: str, split: str = "train"):
         name = type(self).__name__
@@ -59,7 +62,7 @@ class CIFAR10(InMemory):
         else:
             raise ConfigError(
                 f"{name}: {', '.join(names)} (or the same with .bin) found neither in {root.absolute()} nor in its "
-                f"{' or '.join(self.folders)}. Unpack the archive of {self.url} and set data_root to the folder that holds it."
+                f"{' or '.join(self.folders)}. Unpack the archive of {self.url} and set data_root to its folder."
             )
         pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         images = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
@@ -71,9 +74,13 @@ class CIFAR10(InMemory):
             batch = _NumpyUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
             pixels, labels = np.asarray(batch["data"]), np.asarray(batch[self.label_key], np.int32)
         except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ConfigError(f"{path}: not a batch of {type(self).__name__} ({error}); unpack the archive again") from error
+            raise ConfigError(
+                f"{path}: not a batch of {type(self).__name__} ({error}); unpack the archive again"
+            ) from error
         if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072):
-            raise ConfigError(f"{path}: expected uint8 pixels [{len(labels)}, 3072], got {pixels.dtype} {list(pixels.shape)}")
+            raise ConfigError(
+                f"{path}: expected uint8 pixels [{len(labels)}, 3072], got {pixels.dtype} {list(pixels.shape)}"
+            )
         return pixels, labels
 
     def _read_binary(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -87,13 +94,15 @@ class CIFAR10(InMemory):
 
 
 class CIFAR100(CIFAR10):
-    """CIFAR-100 (Krizhevsky, 2009) with its 100 fine labels; folder `cifar-100-python` or `cifar-100-binary`. See CIFAR10."""
+    """CIFAR-100 (Krizhevsky, 2009) with its 100 fine labels; folder `cifar-100-python` or `cifar-100-binary`; see
+    CIFAR10.
+    """
 
     folders = ("cifar-100-python", "cifar-100-binary")
-    files = {"train": ("train",), "test": ("test",)}
+    files: ClassVar = {"train": ("train",), "test": ("test",)}
     label_key = "fine_labels"
     label_bytes = 2  # coarse, fine
-    class_names = tuple(_CIFAR100)
+    class_names = _CIFAR100
 
 
 class MNIST(InMemory):
@@ -123,7 +132,8 @@ class MNIST(InMemory):
                     if path.is_file():
                         return path
         raise ConfigError(
-            f"{name}: {stem}-idx{dims}-ubyte (or with .gz) found neither in {root.absolute()} nor in its raw/ or {name}/raw/. "
+            f"{name}: {stem}-idx{dims}-ubyte (or with .gz) found neither in {root.absolute()} nor in its raw/ or "
+            f"{name}/raw/. "
             f"Download the four files of {self.url} and set data_root to their folder."
         )
 
@@ -135,14 +145,20 @@ class FashionMNIST(MNIST):
     class_names = _FASHION
 
 
-def read_idx(path: Path, dims: int) -> UInt8[np.ndarray, "..."]:
-    """The array in an idx file of unsigned bytes with `dims` dimensions; `.gz` is unpacked. Raises ConfigError if damaged."""
+def read_idx(path: Path, dims: int) -> UInt8[np.ndarray, " ..."]:
+    """The array in an idx file of unsigned bytes with `dims` dimensions; `.gz` is unpacked.
+
+    Raises:
+        ConfigError: not such a file, or a damaged one.
+    """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise ConfigError(f"{path}: damaged gzip file ({error}); download it again") from error
     header = 4 + 4 * dims
-    if data[:4] != bytes([0, 0, 8, dims]) or len(data) < header:  # two zeros, type 8 = unsigned byte, number of dimensions
+    if (
+        data[:4] != bytes([0, 0, 8, dims]) or len(data) < header
+    ):  # two zeros, type 8 = unsigned byte, number of dimensions
         raise ConfigError(f"{path}: not an idx file of bytes with {dims} dimensions (starts with {data[:4]!r})")
     shape = tuple(int(n) for n in np.frombuffer(data, ">u4", dims, 4))
     if len(data) - header != math.prod(shape):
@@ -168,7 +184,7 @@ class _NumpyUnpickler(pickle.Unpickler):
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """Stands for `_codecs.encode`, by which Python 2 and protocol 2 pickles write bytes; other codecs are not needed."""
+    """Stands for `_codecs.encode`, by which pickles of protocol 2 write bytes; they need no other codec."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"refused codec {encoding!r}")
     return text.encode("latin1")

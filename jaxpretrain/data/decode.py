@@ -22,12 +22,13 @@ class BadImage(ValueError):
 def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """The pixels of an encoded image (JPEG, PNG, WebP, BMP, TIFF, GIF, ...: whatever Pillow reads).
 
-    As OpenCV's IMREAD_COLOR, so as MMPretrain reads them: EXIF orientation is applied, grey is repeated to three channels,
-    alpha is dropped (not blended), 16-bit grey keeps its high byte. Palettes are looked up and CMYK goes through Pillow's
-    conversion. Of an animation, the first frame.
+    As OpenCV's IMREAD_COLOR, so as MMPretrain reads them: EXIF orientation is applied, grey is repeated to three
+    channels, alpha is dropped (not blended), 16-bit grey keeps its high byte. Palettes are looked up and CMYK goes
+    through Pillow's conversion. Of an animation, the first frame.
 
     Raises:
-        BadImage: empty, truncated, not an image, without pixels, over MAX_PIXELS, or in a pixel format without a natural
+        BadImage: empty, truncated, not an image, without pixels, over MAX_PIXELS, or in a pixel format without a
+            natural
             8-bit form (floating point).
     """
     if not data:
@@ -52,7 +53,7 @@ def as_rgb(image: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
-    """Grey and YCbCr JPEGs without any defect; None leaves the rest to Pillow, which also tells harmless defects from fatal ones."""
+    """Grey and YCbCr JPEGs without any defect; None leaves the rest to Pillow, which knows which defects are fatal."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace in ("CMYK", "YCCK"):
@@ -69,17 +70,28 @@ def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
 
 def _jpeg_orientation(data: bytes) -> int:
     """EXIF orientation 1..8 (1: as stored), also where EXIF is absent or damaged."""
-    start = data.find(b"Exif\x00\x00")
-    if start < 0:
+    block = _exif_block(data)
+    if block is None:
         return 1
     from PIL import Image
 
     exif = Image.Exif()
     try:
-        exif.load(data[start : start + 65536])
+        exif.load(block)
         return int(exif.get(0x0112, 1))
     except Exception:  # a damaged EXIF block says nothing about the pixels
         return 1
+
+
+def _exif_block(data: bytes) -> bytes | None:
+    """The APP1 segment that holds EXIF, found by walking the segments up to the first scan."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\x00\x00":
+            return data[at + 4 : at + 2 + length]
+        at += 2 + length
+    return None
 
 
 def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:

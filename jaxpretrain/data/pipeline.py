@@ -1,23 +1,191 @@
-"""The input pipeline (skeleton: signatures are final, bodies follow)."""
+"""Loaders: from a source and host transforms to uint8 batches, in an order that depends on the seed alone.
+
+grain computes chunks of batches (`chunks.py`), in threads or in worker processes, and hands them over in order; the
+loader puts them together. The whole state is a step number, and the list of files known to be bad.
+
+With worker processes a script needs the usual `if __name__ == "__main__":` guard.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from jaxpretrain.build import ConfigError, build
+from jaxpretrain.data.chunks import CHUNK, SUBSTITUTES, Chunks, EvalPlan, Reader, Rows, TrainPlan, refuse_shapes
+from jaxpretrain.data.decode import BadImage
+from jaxpretrain.data.transforms import build_pipeline
+
 Batch = dict[str, Any]
+
+SMALL = 2**16  # bytes of a sample below which threads only fight for Python's lock
+ENDLESS = 2**62
+
+logger = logging.getLogger(__name__)
 
 
 class TooManyBadImages(RuntimeError):
     """More than `max_bad` of the data set cannot be decoded."""
 
 
-class TrainLoader:
-    """Endless iterator over host-local batches dict(image uint8 [b,H,W,3] or tuple of views, label, index, epoch int32 [b])."""
+class _Loader:
+    """What the two loaders share: the source, chunks computed by grain, batches of chunks, the count of bad files."""
 
-    steps_per_epoch: int
-    num_classes: int | None
-    source: Any
+    def __init__(
+        self,
+        split_cfg: Any,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
+        num_workers: int,
+        num_threads: int,
+        prefetch: int,
+        max_bad: float,
+    ):
+        split = dict(split_cfg)
+        if "dataset" not in split:
+            raise ConfigError(f"a data split needs a 'dataset'; got only {sorted(split)}")
+        if batch_size <= 0 or batch_size % process_count:
+            raise ConfigError(
+                f"batch_size={batch_size} must be positive and divide evenly among {process_count} processes"
+            )
+        if seed < 0:
+            raise ConfigError(f"seed={seed} must not be negative")
+        self.source = build(split["dataset"])
+        self.num_classes: int | None = getattr(self.source, "num_classes", None)
+        self.length = len(self.source)
+        self.batch_size, self.local_batch_size = batch_size, batch_size // process_count
+        self.seed, self.process_index, self.process_count = int(seed), process_index, process_count
+        self.max_bad = max_bad
+        self._reader = Reader(self.source, build_pipeline(split.get("pipeline") or ()), self.seed)
+        self._bad: dict[int, int] = {}  # index -> step at which it was first met
+        self.example = self._find_example()
+        in_memory = getattr(self.source, "in_memory", False)
+        self._num_workers = 0 if in_memory else num_workers
+        if in_memory and sum(view.nbytes for view in _views(self.example)) < SMALL:
+            num_threads = min(1, num_threads)
+        self._num_threads, self._prefetch = num_threads, max(1, prefetch)
+        self._chunk = min(CHUNK, self.local_batch_size)
+        self._chunks_per_batch = -(-self.local_batch_size // self._chunk)
+
+    def _start(self, chunks: Chunks, first: int, last: int) -> Iterator[dict[str, Any]]:
+        """A grain iterator over the chunks first..last."""
+        import grain
+
+        numbers = grain.MapDataset.range(first, last)
+        ahead = max(1, self._prefetch * self._chunks_per_batch)
+        workers = min(self._num_workers, max(1, last - first))
+        threads = max(1, self._num_threads // workers) if workers else self._num_threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 0 if workers else ahead))
+        dataset = numbers.map(chunks).to_iter_dataset(options)
+        if workers:
+            _parse_flags()
+            buffer = -(-ahead // workers)
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
+            )
+        return iter(dataset)
+
+    def _assemble(self, chunks: Iterator[dict[str, Any]], step: int) -> Batch:
+        """The next batch; `chunks` stands at its first chunk. Rows without a sample: zero, label and index -1."""
+        size = self.local_batch_size
+        columns = {name: np.full(size, -1, np.int32) for name in ("label", "index", "epoch")}
+        valid = np.zeros(size, bool)
+        images = _map(lambda view: np.zeros((size, *view.shape), view.dtype), self.example)
+        for _ in range(self._chunks_per_batch):
+            chunk = next(chunks)
+            rows: Rows = chunk["rows"]
+            self._count_bad(rows.bad, step)
+            if rows.error is not None:
+                raise rows.error
+            if not rows.row:
+                continue
+            first, last = rows.row[0], rows.row[-1]
+            where = slice(first, last + 1) if last - first + 1 == len(rows.row) else rows.row  # a slice is faster
+            _put(images, where, chunk["image"])
+            valid[where] = True
+            for name, column in columns.items():
+                column[where] = getattr(rows, name)
+        return {"image": images, **columns, "valid": valid}
+
+    def _find_example(self) -> Any:
+        """The image or views of one sample: the shapes of all, and a first test of the pipeline."""
+        if not self.length:
+            raise ConfigError(f"the data set {self.source!r} is empty")
+        last = ""
+        for candidate in self._reader.candidates(0, 0):
+            try:
+                example = self._reader.read(0, candidate)[0]
+            except BadImage as reason:
+                last = f"{self._name(candidate)}: {reason}"
+                continue
+            for view in _views(example):
+                if not (isinstance(view, np.ndarray) and view.dtype == np.uint8 and view.ndim == 3):
+                    kind = getattr(view, "dtype", type(view).__name__)
+                    raise ConfigError(
+                        f"host transforms must end with uint8 pixels [H, W, 3], got {kind} {list(np.shape(view))}; "
+                        f"normalisation runs on the device"
+                    )
+            return example
+        raise TooManyBadImages(
+            f"no image of {self.source!r} can be decoded ({SUBSTITUTES + 1} tried); the last: {last}"
+        )
+
+    def _count_bad(self, bad: list[tuple[int, str]], step: int) -> None:
+        for index, reason in bad:
+            if index not in self._bad:
+                self._bad[index] = step
+                logger.warning("bad image %s: %s; skipped (%d so far)", self._name(index), reason, len(self._bad))
+        if len(self._bad) > self.max_bad * self.length:
+            names = [self._name(index) for index in sorted(self._bad)[:10]]
+            if len(self._bad) > len(names):
+                names.append(f"and {len(self._bad) - len(names)} more")
+            raise TooManyBadImages(
+                f"{len(self._bad)} of {self.length} images ({len(self._bad) / self.length:.3%}) cannot be decoded, "
+                f"more than data.max_bad={self.max_bad:g} allows:\n  " + "\n  ".join(names) + "\n"
+                "Repair or remove them, or raise the limit with --config.data.max_bad=FRACTION."
+            )
+
+    def _name(self, index: int) -> str:
+        name = getattr(self.source, "name", None)
+        return name(index) if callable(name) else f"sample {index} of {self.source!r}"
+
+    @property
+    def bad_indices(self) -> list[int]:
+        """Samples that could not be decoded so far, ascending."""
+        return sorted(self._bad)
+
+
+class TrainLoader(_Loader):
+    """Endless iterator over the batches of this host, in a new random order each epoch.
+
+    A batch is a dict of NumPy arrays with b = batch_size / process_count rows: `image` uint8 [b,H,W,3] (a tuple of them
+    after MultiView), `label`, `index`, `epoch` int32 [b]. Epoch e is a permutation of the data set that (seed, e)
+    determines, without the rest that does not fill a batch; the concatenation over hosts does not depend on how many
+    there are. The transforms of a sample draw from a generator seeded by (seed, epoch, index).
+
+    An image that cannot be decoded is logged once and replaced by another, whose label and index the batch then
+    carries.
+
+    Args:
+        split_cfg: dict(dataset=..., pipeline=[...]); other keys are not looked at.
+        batch_size: of all hosts together.
+        seed: of order, transforms and replacements.
+        process_index, process_count: this host and how many there are.
+        num_workers: worker processes; 0 computes in threads of this process. Data sets in memory ignore it.
+        num_threads: threads that decode and transform, of all workers together.
+        prefetch: batches computed ahead.
+        max_bad: fraction of the data set that may be bad; counted as different files that this host has met.
+
+    Raises:
+        ConfigError: for mistakes in the configuration; also while iterating, where only the images show them.
+        TooManyBadImages: while iterating.
+    """
 
     def __init__(
         self,
@@ -31,20 +199,95 @@ class TrainLoader:
         num_threads: int = 8,
         prefetch: int = 2,
         max_bad: float = 0.001,
-    ) -> None: ...
+    ):
+        super().__init__(
+            split_cfg,
+            batch_size=batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+            num_workers=num_workers,
+            num_threads=num_threads,
+            prefetch=prefetch,
+            max_bad=max_bad,
+        )
+        if self.length < batch_size:
+            raise ConfigError(
+                f"the data set has {self.length} samples, fewer than one batch of batch_size={batch_size}; lower "
+                "--config.batch_size"
+            )
+        self.steps_per_epoch: int = self.length // batch_size
+        plan = TrainPlan(self.length, self.seed, batch_size, self.local_batch_size, process_index, self._chunk)
+        self._chunks = Chunks(self._reader, plan, replace=True)
+        self._step = 0  # number of the next batch
+        self._iterator: Iterator[dict[str, Any]] | None = None
 
-    def __iter__(self) -> Iterator[Batch]: ...
-    def __next__(self) -> Batch: ...
-    def get_state(self, step: int) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._start(self._chunks, self._step * self._chunks_per_batch, ENDLESS)
+        try:
+            batch = self._assemble(self._iterator, self._step)
+        except BaseException:
+            self.close()  # half a batch is gone: the next call computes it again
+            raise
+        if not batch.pop("valid").all():
+            self.close()
+            raise TooManyBadImages(
+                f"{SUBSTITUTES} in a row cannot be decoded; {len(self._bad)} of {self.length} are bad"
+            )
+        self._step += 1
+        return batch
+
+    def get_state(self, step: int) -> dict[str, Any]:
+        """The state after `step` batches, for JSON. The loader itself may be ahead, by what is prefetched."""
+        return {
+            "version": 1,
+            "step": int(step),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "length": self.length,
+            "bad": sorted(index for index, seen in list(self._bad.items()) if seen < step),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues after `state['step']` batches, with any number of workers, threads and hosts.
+
+        Raises:
+            ConfigError: the state is of another seed, batch size or data set.
+        """
+        own = self.get_state(0)
+        different = [
+            f"{key}: {state.get(key)} in the state, {own[key]} here"
+            for key in ("version", "seed", "batch_size", "length")
+            if state.get(key) != own[key]
+        ]
+        if different:
+            raise ConfigError("the data state is of another run: " + "; ".join(different))
+        self.close()
+        self._step = int(state["step"])
+        self._bad = dict.fromkeys(state["bad"], -1)
+
+    def close(self) -> None:
+        """Stops threads and worker processes. The next batch starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()  # type: ignore[attr-defined]
+            self._iterator = None
 
 
-class EvalLoader:
-    """One ordered pass per `iter()`: dict(image, label, index, valid bool [b]); the last batch is padded to the static shape."""
+class EvalLoader(_Loader):
+    """The data set once, in order, at each `iter()`; batches of one static shape.
 
-    num_classes: int | None
-    source: Any
+    A batch is as TrainLoader's, with `valid` bool [b] and without `epoch`. Rows that are missing in the last batch, and
+    images that cannot be decoded, are zero with label and index -1 and `valid` False. All hosts yield the same number
+    of batches. Random transforms draw from (0, 0, index): every pass sees the same pixels.
+
+    Args:
+        limit: at most this many samples, evenly spread over the data set; None takes all.
+        (the others are TrainLoader's)
+    """
 
     def __init__(
         self,
@@ -58,8 +301,71 @@ class EvalLoader:
         prefetch: int = 2,
         max_bad: float = 0.001,
         limit: int | None = None,
-    ) -> None: ...
+    ):
+        super().__init__(
+            split_cfg,
+            batch_size=batch_size,
+            seed=0,
+            process_index=process_index,
+            process_count=process_count,
+            num_workers=num_workers,
+            num_threads=num_threads,
+            prefetch=prefetch,
+            max_bad=max_bad,
+        )
+        count = self.length if limit is None else min(limit, self.length)
+        self.indices = np.arange(count) * self.length // max(count, 1)
+        plan = EvalPlan(self.indices, batch_size, self.local_batch_size, process_index, self._chunk)
+        self._chunks = Chunks(self._reader, plan, replace=False)
+        self._open: list[Any] = []
 
-    def __len__(self) -> int: ...  # batches
-    def __iter__(self) -> Iterator[Batch]: ...
-    def close(self) -> None: ...
+    @property
+    def num_samples(self) -> int:
+        """Samples of one pass, over all hosts."""
+        return len(self.indices)
+
+    def __len__(self) -> int:
+        """Batches of one pass."""
+        return -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        iterator = self._start(self._chunks, 0, len(self) * self._chunks_per_batch)
+        self._open.append(iterator)
+        try:
+            for step in range(len(self)):
+                batch = self._assemble(iterator, step)
+                del batch["epoch"]
+                yield batch
+        finally:
+            iterator.close()  # type: ignore[attr-defined]
+            if iterator in self._open:
+                self._open.remove(iterator)
+
+    def close(self) -> None:
+        """Stops what unfinished passes have running."""
+        for iterator in self._open:
+            iterator.close()
+        self._open.clear()
+
+
+def _parse_flags() -> None:
+    """grain's worker processes read absl flags, which only `absl.app.run` parses."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _map(function: Callable[[np.ndarray], Any], image: Any) -> Any:
+    return tuple(function(view) for view in image) if isinstance(image, tuple) else function(image)
+
+
+def _views(image: Any) -> tuple[np.ndarray, ...]:
+    return image if isinstance(image, tuple) else (image,)
+
+
+def _put(images: Any, where: Any, part: Any) -> None:
+    for whole, piece in zip(_views(images), _views(part), strict=True):
+        if whole.shape[1:] != piece.shape[1:]:
+            refuse_shapes(whole.shape[1:], piece.shape[1:])
+        whole[where] = piece

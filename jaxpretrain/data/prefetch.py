@@ -1,21 +1,109 @@
-"""Host to device (skeleton: signatures are final)."""
+"""Batches from the host to the devices, ahead of the step that needs them."""
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
+
+_END = object()
+
 
 class DevicePrefetch:
-    """Iterator of global jax.Arrays; `wait_seconds` is the time the consumer waited, cumulative."""
+    """Iterator over global `jax.Array`s, with up to `size` batches on their way; made by `device_prefetch`.
 
-    wait_seconds: float
+    Attributes:
+        wait_seconds: how long the consumer has waited in `next`, in all. Beside the wall time it tells whether the
+            input is
+            what holds the run back.
+    """
 
-    def __iter__(self) -> DevicePrefetch: ...
-    def __next__(self) -> Any: ...
-    def close(self) -> None: ...
+    def __init__(self, iterator: Iterator[Any], sharding: Callable[[np.ndarray], jax.sharding.Sharding], size: int):
+        self.wait_seconds = 0.0
+        self._iterator, self._sharding = iterator, sharding
+        self._queue: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._free = threading.Semaphore(
+            size
+        )  # taken before a batch is made: at most `size` exist beyond the consumer's
+        self._stopped = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._produce, name="device-prefetch", daemon=True)
+        self._thread.start()
+
+    def _produce(self) -> None:
+        while True:
+            self._free.acquire()
+            if self._stopped.is_set():
+                return
+            try:
+                batch = jax.tree.map(self._to_device, next(self._iterator))
+            except StopIteration as end:
+                self._queue.put((_END, end))
+                return
+            except BaseException as error:  # raised again where the consumer is
+                self._queue.put((_END, error))
+                return
+            self._queue.put((batch, None))
+
+    def _to_device(self, array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(self._sharding(array), array)
+
+    def __iter__(self) -> DevicePrefetch:
+        return self
+
+    def __next__(self) -> Any:
+        if self._failure is not None:
+            raise self._failure
+        if self._stopped.is_set():
+            raise StopIteration
+        start = time.perf_counter()
+        batch, failure = self._queue.get()
+        self.wait_seconds += time.perf_counter() - start
+        if failure is not None:
+            self._failure = failure
+            raise failure
+        self._free.release()
+        return batch
+
+    def close(self) -> None:
+        """Stops the thread and drops what it has prepared. The iterator stays open, and nothing uses it any more."""
+        self._stopped.set()
+        self._free.release()
+        self._thread.join()
+        while not self._queue.empty():
+            self._queue.get()
+
+    def __enter__(self) -> DevicePrefetch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
-def device_prefetch(iterator: Iterator[Any], sharding: Any | Callable[[Any], Any], size: int = 2) -> DevicePrefetch:
-    """`sharding`: a jax.sharding.Sharding of the batch dimension, or a function of the host array that gives one."""
-    ...
+def device_prefetch(
+    iterator: Iterator[Any],
+    sharding: jax.sharding.Sharding | Callable[[np.ndarray], jax.sharding.Sharding],
+    size: int = 2,
+) -> DevicePrefetch:
+    """Puts batches on the devices from a background thread, in order, `size` of them ahead of the consumer.
+
+    Each leaf of a batch is this host's part of a global array; the sharding says which part, so with one host it is all
+    of it. All transfers are explicit (`jax.transfer_guard('disallow')` lets them pass). An exception of the iterator is
+    raised by the `next` at its place in the order, and by every one after that.
+
+    Args:
+        iterator: over pytrees of NumPy arrays, `TrainLoader` for one. Only the thread uses it until `close`.
+        sharding: of the leaves, for instance `NamedSharding(mesh, P('data'))`; or a function of a leaf that gives it.
+        size: batches ahead, at least 1.
+    """
+    if size < 1:
+        raise ValueError(f"size={size} must be at least 1")
+    if isinstance(sharding, jax.sharding.Sharding):
+        fixed = sharding
+        sharding = lambda array: fixed  # noqa: E731
+    return DevicePrefetch(iter(iterator), sharding, size)

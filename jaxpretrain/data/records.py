@@ -22,8 +22,8 @@ _MAGIC = b"JPR1"
 def encode_record(sample: Mapping[str, Any]) -> bytes:
     """One sample as bytes: `JPR1`, the length of a header (uint32, little-endian), the header (JSON), the image.
 
-    The header holds `label`, `path` and whatever else the sample has that JSON can hold. The image is the encoded file as it
-    is; for pixels (uint8, any shape) the header has their `shape` besides.
+    The header holds `label`, `path` and whatever else the sample has that JSON can hold. The image is the encoded file
+    as it is; for pixels (uint8, any shape) the header has their `shape` besides.
     """
     header = {key: value for key, value in sample.items() if key != "image"}
     header["label"] = int(header.get("label", -1))
@@ -41,7 +41,7 @@ def decode_record(record: bytes) -> Sample:
     """The inverse of `encode_record`. Raises BadImage for a record of another format, or a damaged one."""
     if record[:4] != _MAGIC or len(record) < 8:
         raise BadImage(
-            f"not a record of jaxpretrain (starts with {record[:8]!r}); for data prepared by TFDS use the type TFDSDataset"
+            f"not a record of jaxpretrain (starts with {record[:8]!r}); data prepared by TFDS need type='TFDSDataset'"
         )
     start = 8 + struct.unpack_from("<I", record, 4)[0]
     try:
@@ -54,11 +54,13 @@ def decode_record(record: bytes) -> Sample:
         raise BadImage(f"damaged record: {error}") from error
 
 
-def write_array_record(path: str | Path, samples: Iterable[Mapping[str, Any]], classes: Sequence[str] | None = None) -> int:
+def write_array_record(
+    path: str | Path, samples: Iterable[Mapping[str, Any]], classes: Sequence[str] | None = None
+) -> int:
     """Writes samples (dicts of `image`, `label`, optionally `path`; a source will do) to one ArrayRecord file.
 
-    The file appears under its name only when it is complete. `classes` are written to `classes.txt` in its folder, where
-    ArrayRecordDataset looks for them. Returns the number of records.
+    The file appears under its name only when it is complete. `classes` are written to `classes.txt` in its folder,
+    where ArrayRecordDataset looks for them. Returns the number of records.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -81,7 +83,8 @@ class ArrayRecordDataset(Source):
     """Images in ArrayRecord files written by `write_array_record`.
 
     Args:
-        paths: one file name or several, each of which may hold wildcards (`data/train*.array_record`) or be a folder, which
+        paths: one file name or several, each of which may hold wildcards (`data/train*.array_record`) or be a folder,
+            which
             stands for all its `*.array_record`. Shards are taken in the order of their names.
         data_root: folder to which relative `paths` refer.
         classes: names of the classes, or a text file with one per line; by default `classes.txt` beside the first file.
@@ -101,7 +104,9 @@ class ArrayRecordDataset(Source):
         try:
             self._records = grain.sources.ArrayRecordDataSource(self.files)
         except Exception as error:  # the reader's own exceptions differ between versions
-            raise ConfigError(f"ArrayRecordDataset: cannot read {self.files[0]} (of {len(self.files)}): {error}") from error
+            raise ConfigError(
+                f"ArrayRecordDataset: cannot read {self.files[0]} (of {len(self.files)}): {error}"
+            ) from error
         beside = Path(self.files[0]).parent / "classes.txt"
         self.classes = read_classes(beside if classes is None and num_classes is None and beside.is_file() else classes)
         self._num_classes = num_classes
@@ -132,7 +137,9 @@ class ArrayRecordDataset(Source):
         return decode_record(self._records[index])
 
     def name(self, index: int) -> str:
-        return f"record {index} of {self.files[0]}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+        return f"record {index} of {self.files[0]}" + (
+            f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        )
 
 
 class TFDSDataset(Source):
@@ -166,20 +173,25 @@ class TFDSDataset(Source):
         try:
             builder = tfds.builder(name, data_dir=data_dir)
         except Exception as error:  # unknown names raise several kinds of exception
-            raise ConfigError(f"TFDSDataset: cannot load the builder {name!r} from {data_dir or 'the default folder'}: {error}") from error
+            raise ConfigError(
+                f"TFDSDataset: cannot load the builder {name!r} from {data_dir or 'the default folder'}: {error}"
+            ) from error
         features = builder.info.features or {}
         for key, option in ((self._image_key, "image_key"), (self._label_key, "label_key")):
             if key is not None and key not in features:
-                raise ConfigError(f"TFDSDataset: {name} has no feature {key!r} ({option}); it has {', '.join(features)}")
+                raise ConfigError(
+                    f"TFDSDataset: {name} has no feature {key!r} ({option}); it has {', '.join(features)}"
+                )
         try:
             self._data = builder.as_data_source(split, decoders={self._image_key: tfds.decode.SkipDecoding()})
         except Exception as error:
             raise ConfigError(
                 f"TFDSDataset: split {split!r} of {name} is not ready in {builder.data_dir}: {error}\n"
-                f"Prepare it once with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare(); "
+                f"Prepare it once with tfds.builder({name!r}, data_dir=..., "
+                "file_format='array_record').download_and_prepare(); "
                 f"its splits: {', '.join(builder.info.splits) or 'none prepared yet'}."
             ) from error
-        label = features.get(self._label_key) if self._label_key else None
+        label = features[self._label_key] if self._label_key else None
         self._num_classes = getattr(label, "num_classes", None)
         names = getattr(label, "names", None)
         self.classes = tuple(names) if names else None

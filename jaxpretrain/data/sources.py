@@ -1,4 +1,4 @@
-"""Data sets by name: `dict(type='ImageNet', data_root='data/imagenet', split='train')`. Each gives samples by position."""
+"""Data sets by name, `dict(type='ImageNet', data_root='data/imagenet', split='train')`: random access to samples."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class CustomDataset(Source):
             paths, labels = self._from_list(ann_file, with_label)
         elif not os.path.isdir(self.root):
             raise ConfigError(
-                f"{type(self).__name__}: no folder {os.path.abspath(self.root)}; set data_root (and data_prefix) of the dataset, "
-                f"for instance --config.data.train.dataset.data_root=/path/to/images"
+                f"{type(self).__name__}: no folder {os.path.abspath(self.root)}; set data_root and data_prefix of the "
+                "dataset, for instance --config.data.train.dataset.data_root=/path/to/images"
             )
         elif with_label:
             paths, labels = self._from_class_folders(self._class_folders())
@@ -111,9 +111,10 @@ class CustomDataset(Source):
             labels = [-1] * len(paths)
         if not paths:
             raise ConfigError(
-                f"{type(self).__name__}: no images in {os.path.abspath(ann_file or self.root)} (extensions: {', '.join(self.extensions)})"
+                f"{type(self).__name__}: no images in {os.path.abspath(ann_file or self.root)} (extensions: "
+                f"{', '.join(self.extensions)})"
             )
-        # One array of bytes, not a million Python strings: a tenth of the memory, and cheap to send to worker processes.
+        # One array of bytes, not a million Python strings: less memory, and cheap to send to worker processes.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.asarray(labels, np.int32)
         self._num_classes = None
@@ -121,7 +122,8 @@ class CustomDataset(Source):
             self._num_classes = len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
             if self.labels.min() < 0 or self.labels.max() >= self._num_classes:
                 raise ConfigError(
-                    f"{ann_file or self.root}: labels {self.labels.min()}..{self.labels.max()} do not fit {self._num_classes} classes"
+                    f"{ann_file or self.root}: labels {self.labels.min()}..{self.labels.max()} do not fit "
+                    f"{self._num_classes} classes"
                 )
 
     def _from_list(self, ann_file: str, with_label: bool) -> tuple[list[str], list[int]]:
@@ -135,7 +137,8 @@ class CustomDataset(Source):
                 path, _, label = line.rpartition(" ") if with_label else (line, "", "-1")
                 if not path or not label.lstrip("-").isdigit():
                     raise ConfigError(
-                        f"{ann_file}:{number}: expected 'path label' with an integer label, got {line!r}; with_label=False for a list without labels"
+                        f"{ann_file}:{number}: expected 'path label' with an integer label, got {line!r}; "
+                        "with_label=False for a list without labels"
                     )
                 paths.append(path.strip())
                 labels.append(int(label))
@@ -143,16 +146,18 @@ class CustomDataset(Source):
 
     def _class_folders(self) -> list[str]:
         """Names of the class folders, in the order of the labels."""
-        folders = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and not entry.name.startswith("."))
+        folders = _folders_in(self.root)
         if not folders:
             raise ConfigError(
-                f"{type(self).__name__}: {os.path.abspath(self.root)} has no class sub-folders; list the images in a text file "
-                f"(ann_file='...', lines of 'path label'), or set with_label=False for images without labels"
+                f"{type(self).__name__}: {os.path.abspath(self.root)} has no class sub-folders; list the images in a "
+                "text file (ann_file='...', lines of 'path label'), or set with_label=False for images without labels"
             )
         if self.classes is None:
             self.classes = tuple(folders)
         elif len(self.classes) != len(folders):
-            raise ConfigError(f"{os.path.abspath(self.root)} has {len(folders)} class folders, but {len(self.classes)} classes are named")
+            raise ConfigError(
+                f"{os.path.abspath(self.root)} has {len(folders)} class folders, but classes names {len(self.classes)}"
+            )
         return folders
 
     def _from_class_folders(self, folders: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -237,14 +242,20 @@ class ImageNet(CustomDataset):
         if not os.path.isdir(folder):
             raise ConfigError(self._advice(f"no folder {os.path.abspath(folder)}"))
         if not ann_file and split != "test" and not any(entry.is_dir() for entry in os.scandir(folder)):
-            raise ConfigError(self._advice(f"{os.path.abspath(folder)} has no class folders, and there is no meta/{split}.txt"))
+            raise ConfigError(
+                self._advice(f"{os.path.abspath(folder)} has no class folders, and there is no meta/{split}.txt")
+            )
         super().__init__(data_root, data_prefix, ann_file, split != "test", (*EXTENSIONS, ".webp"), classes, metainfo)
         if ann_file and self.classes is None and split != "test":
             self._num_classes = max(1000, self._num_classes or 0)
 
     def _shards(self) -> list[str]:
         root = glob.escape(self.data_root)
-        patterns = (f"{self.split}*.array_record", f"{self.split}*.array_record-*", os.path.join(self.split, "*.array_record"))
+        patterns = (
+            f"{self.split}*.array_record",
+            f"{self.split}*.array_record-*",
+            os.path.join(self.split, "*.array_record"),
+        )
         return sorted(path for pattern in patterns for path in glob.glob(os.path.join(root, pattern)))
 
     def _class_folders(self) -> list[str]:
@@ -253,9 +264,11 @@ class ImageNet(CustomDataset):
         if self.split != "val" or not os.path.isdir(train):
             return folders
         # A validation set that lacks a class must not shift the labels of the classes behind it.
-        classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith("."))
+        classes = _folders_in(train)
         if unknown := sorted(set(folders) - set(classes)) if classes else []:
-            raise ConfigError(f"{self.root} has class folders that {train} lacks: {', '.join(unknown[:5])} ({len(unknown)} in all)")
+            raise ConfigError(
+                f"{self.root} has class folders that {train} lacks: {', '.join(unknown[:5])} ({len(unknown)} in all)"
+            )
         if classes and self.classes == tuple(folders):
             self.classes = tuple(classes)
         return classes or folders
@@ -266,9 +279,10 @@ class ImageNet(CustomDataset):
             f"ImageNet not found: {problem}. Accepted under data_root={self.data_root!r}:\n"
             "  train/<wnid>/*.JPEG and val/<wnid>/*.JPEG\n"
             "  train/ and val/ with any files, listed in meta/train.txt and meta/val.txt as lines of 'path label'\n"
-            "  ArrayRecord shards train*.array_record and val*.array_record, written by jaxpretrain.data.sources.write_array_record\n"
-            f"Set the folder with --config.data.{part}.dataset.data_root=/path/to/imagenet, or run without data on the embedded "
-            "digits by the recipe :digits, as in --config=configs/mae.py:digits"
+            "  ArrayRecord shards train*.array_record and val*.array_record, written by "
+            "jaxpretrain.data.sources.write_array_record\n"
+            f"Set the folder with --config.data.{part}.dataset.data_root=/path/to/imagenet, or run without data on the "
+            "embedded digits by the recipe :digits, as in --config=configs/mae.py:digits"
         )
 
     def __len__(self) -> int:
@@ -279,3 +293,7 @@ class ImageNet(CustomDataset):
 
     def name(self, index: int) -> str:
         return self._records.name(index) if self._records is not None else super().name(index)
+
+
+def _folders_in(path: str) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))

@@ -1,9 +1,9 @@
-"""Geometry on the host, in uint8: crops, resizes, flips. Names, arguments and results are MMPretrain's; colour runs on the device.
+"""Geometry on the host, in uint8: crops, resizes, flips. Names, arguments and results are MMPretrain's.
 
-A transform is called as `transform(sample, rng)`: `sample` is a dict with `image` uint8 [H,W,3] in **RGB** (MMPretrain's is
-BGR: colours in arguments are RGB here), `rng` the sample's own NumPy generator. Each separates drawing from doing:
-`draw(rng, height, width)` gives the parameters, `apply(image, parameters)` is deterministic. Sizes follow MMPretrain:
-(width, height) in `scale` and `CenterCrop.crop_size`, (height, width) in `RandomCrop.crop_size`.
+A transform is called as `transform(sample, rng)`: `sample` is a dict with `image` uint8 [H,W,3] in **RGB**, `rng` the
+sample's own NumPy generator. (MMPretrain's images are BGR; colours in arguments are RGB here.) Each separates drawing
+from doing: `draw(rng, height, width)` gives the parameters, `apply(image, parameters)` is deterministic. Sizes follow
+MMPretrain: (width, height) in `scale` and `CenterCrop.crop_size`, (height, width) in `RandomCrop.crop_size`.
 """
 
 from __future__ import annotations
@@ -11,49 +11,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
-from jaxpretrain import build
-from jaxpretrain.build import ConfigError
+from jaxpretrain.build import ConfigError, build, names, nearest
+from jaxpretrain.data.image_ops import Box, Image, check_filter, crop, pad, resize
 
-Image = UInt8[np.ndarray, "h w 3"]
 Sample = dict[str, Any]
 Step = Callable[[Sample, np.random.Generator], Sample]
-
-CV2_FILTERS = {"nearest": 0, "bilinear": 1, "bicubic": 2, "area": 3, "lanczos": 4}  # cv2.INTER_*
-PILLOW_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Image.Resampling
-
-
-class Box(NamedTuple):
-    """A part of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def resize(image: Image, size: tuple[int, int], backend: str = "cv2", interpolation: str = "bilinear") -> Image:
-    """`image` at `size` = (width, height).
-
-    `cv2` does not antialias when it shrinks (but for `area`), `pillow` does, and is two to three times slower. Their bicubic kernels
-    differ too: a = -0.75 and -0.5.
-    """
-    if size == (image.shape[1], image.shape[0]):
-        return image
-    if backend == "pillow":
-        from PIL import Image as pillow
-
-        return np.asarray(pillow.fromarray(image).resize(size, PILLOW_FILTERS[interpolation]))
-    return _cv2().resize(np.ascontiguousarray(image), size, interpolation=CV2_FILTERS[interpolation])
-
-
-def crop(image: Image, box: Box) -> Image:
-    """The part of `image` inside `box`, a view; what lies outside the image is cut off."""
-    return image[max(box.top, 0) : box.top + box.height, max(box.left, 0) : box.left + box.width]
 
 
 class Transform:
@@ -87,7 +53,9 @@ class LoadImageFromFile(Transform):
         backend_args: Any = None,
     ):
         if to_float32 or color_type != "color":
-            raise ConfigError("LoadImageFromFile: images are uint8 RGB here; to_float32 and other values of color_type do not exist")
+            raise ConfigError(
+                "LoadImageFromFile: images are uint8 RGB here; to_float32 and other values of color_type do not exist"
+            )
 
     def apply(self, image: Image, parameters: Any) -> Image:
         return image
@@ -98,7 +66,9 @@ class PackInputs(Transform):
 
     def __init__(self, input_key: str = "img", algorithm_keys: Sequence[str] = (), meta_keys: Sequence[str] = ()):
         if algorithm_keys:
-            raise ConfigError(f"PackInputs: batches hold image, label, index and epoch; algorithm_keys={list(algorithm_keys)} do not exist")
+            raise ConfigError(
+                f"PackInputs: algorithm_keys={list(algorithm_keys)}: batches hold image, label, index and epoch alone"
+            )
 
     def apply(self, image: Image, parameters: Any) -> Image:
         return image
@@ -107,8 +77,8 @@ class PackInputs(Transform):
 class RandomResizedCrop(Transform):
     """A crop of random area and aspect, resized (Szegedy et al., 2015, "Going deeper with convolutions", section 6).
 
-    Up to `max_attempts` times: area = U(crop_ratio_range) of the image's, log aspect = U(log aspect_ratio_range), position
-    uniform among those inside the image. If none fits: the largest central crop within the aspect range.
+    Up to `max_attempts` times: area = U(crop_ratio_range) of the image's, log aspect = U(log aspect_ratio_range),
+    position uniform among those inside the image. If none fits: the largest central crop within the aspect range.
 
     Args:
         scale: size of the result: edge length or (width, height).
@@ -132,17 +102,17 @@ class RandomResizedCrop(Transform):
                 raise ConfigError(f"RandomResizedCrop: {name}=({low}, {high}) must be ascending and positive")
         self.crop_ratio_range, self.aspect_ratio_range = tuple(crop_ratio_range), tuple(aspect_ratio_range)
         self.max_attempts = max_attempts
-        self.interpolation, self.backend = _check_filter("RandomResizedCrop", interpolation, backend)
+        self.interpolation, self.backend = check_filter("RandomResizedCrop", interpolation, backend)
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Box:
-        low, high = (math.log(ratio) for ratio in self.aspect_ratio_range)
+        smallest, largest = self.crop_ratio_range
+        narrowest, widest = self.aspect_ratio_range
         for _ in range(self.max_attempts):
-            area = height * width * rng.uniform(*self.crop_ratio_range)
-            aspect = math.exp(rng.uniform(low, high))
+            area = height * width * rng.uniform(smallest, largest)
+            aspect = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
-        narrowest, widest = self.aspect_ratio_range
         h = min(height, round(width / narrowest))
         w = min(width, round(height * widest))
         return Box((height - h) // 2, (width - w) // 2, h, w)
@@ -174,9 +144,9 @@ class Resize(Transform):
         if (scale is None) == (scale_factor is None):
             raise ConfigError("Resize: give either scale or scale_factor")
         self.scale = None if scale is None else _pair(scale, "Resize: scale")
-        self.factors = (scale_factor, scale_factor) if isinstance(scale_factor, int | float) else tuple(scale_factor or ())
+        self.factors = (scale_factor,) * 2 if isinstance(scale_factor, int | float) else tuple(scale_factor or ())
         self.keep_ratio = keep_ratio
-        self.interpolation, self.backend = _check_filter("Resize", interpolation, backend)
+        self.interpolation, self.backend = check_filter("Resize", interpolation, backend)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(width, height) of the result."""
@@ -202,15 +172,16 @@ class ResizeEdge(Transform):
     """
 
     def __init__(self, scale: int, edge: str = "short", backend: str = "cv2", interpolation: str = "bilinear"):
-        if edge not in ("short", "long", "width", "height"):
-            raise ConfigError(f"ResizeEdge: no edge {edge!r}.{build.nearest(str(edge), ('short', 'long', 'width', 'height'))}")
+        _check_choice("ResizeEdge: edge", edge, ("short", "long", "width", "height"))
         self.scale, self.edge = scale, edge
-        self.interpolation, self.backend = _check_filter("ResizeEdge", interpolation, backend)
+        self.interpolation, self.backend = check_filter("ResizeEdge", interpolation, backend)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(width, height) of the result."""
-        by_width = self.edge == "width" or (self.edge == "short" and width < height) or (self.edge == "long" and width > height)
-        if by_width:
+        edge = self.edge
+        if edge in ("short", "long"):
+            edge = "width" if (width < height) == (edge == "short") else "height"
+        if edge == "width":
             return self.scale, max(1, self.scale * height // width)
         return max(1, self.scale * width // height), self.scale
 
@@ -257,7 +228,8 @@ class RandomCrop(Transform):
         crop_size: edge length or (height, width).
         padding: added first, with `pad_val`, whatever `padding_mode`: on all sides, (left and right, top and bottom),
             or (left, top, right, bottom).
-        pad_if_needed: pad images that are smaller, by `padding_mode`, with half of what is missing (rounded up) on both sides.
+        pad_if_needed: pad images that are smaller, by `padding_mode`, with half of what is missing (rounded up) on both
+            sides.
         pad_val: grey level, or RGB.
         padding_mode: `constant`, `edge`, `reflect` (without repeating the edge) or `symmetric` (repeating it).
 
@@ -274,8 +246,7 @@ class RandomCrop(Transform):
         padding_mode: str = "constant",
     ):
         self.crop_size = _pair(crop_size, "RandomCrop: crop_size")
-        if padding_mode not in ("constant", "edge", "reflect", "symmetric"):
-            raise ConfigError(f"RandomCrop: no padding_mode {padding_mode!r}.{build.nearest(padding_mode, ('constant', 'edge', 'reflect', 'symmetric'))}")
+        _check_choice("RandomCrop: padding_mode", padding_mode, ("constant", "edge", "reflect", "symmetric"))
         sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding or (0, 0, 0, 0))
         if len(sides) not in (2, 4):
             raise ConfigError(f"RandomCrop: padding={padding!r} must be one, two or four numbers")
@@ -286,15 +257,13 @@ class RandomCrop(Transform):
     def pad(self, image: Image) -> Image:
         """The image that is cropped."""
         image = pad(image, self.padding, self.pad_val)
-        missing = [max(0, -(-(wanted - have) // 2)) for wanted, have in zip(self.crop_size, image.shape[:2], strict=True)]
-        if self.pad_if_needed:
-            image = pad(image, (missing[0], missing[0], missing[1], missing[1]), self.pad_val, self.padding_mode)
-        elif any(missing):
+        y, x = (max(0, -(-(want - have) // 2)) for want, have in zip(self.crop_size, image.shape[:2], strict=True))
+        if (y or x) and not self.pad_if_needed:
             raise ConfigError(
-                f"RandomCrop: an image of {image.shape[0]}x{image.shape[1]} (with padding) is smaller than crop_size={self.crop_size}; "
-                f"set pad_if_needed=True, or resize first"
+                f"RandomCrop: an image of {image.shape[0]}x{image.shape[1]} (with padding) is smaller than "
+                f"crop_size={self.crop_size}; set pad_if_needed=True, or resize first"
             )
-        return image
+        return pad(image, (y, y, x, x), self.pad_val, self.padding_mode)
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Box:
         h, w = self.crop_size
@@ -305,10 +274,9 @@ class RandomCrop(Transform):
         return crop(image, box)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        views = sample["image"] if isinstance(sample["image"], tuple) else (sample["image"],)
-        padded = {"image": tuple(self.pad(view) for view in views)}
-        views = super().__call__(padded, rng)["image"]
-        return {**sample, "image": views if isinstance(sample["image"], tuple) else views[0]}
+        image = sample["image"]
+        padded = tuple(map(self.pad, image)) if isinstance(image, tuple) else self.pad(image)
+        return super().__call__({**sample, "image": padded}, rng)
 
 
 class RandomFlip(Transform):
@@ -328,11 +296,11 @@ class RandomFlip(Transform):
     ):
         self.directions = (direction,) if isinstance(direction, str) else tuple(direction)
         for name in self.directions:
-            if name not in ("horizontal", "vertical", "diagonal"):
-                raise ConfigError(f"RandomFlip: no direction {name!r}.{build.nearest(str(name), ('horizontal', 'vertical', 'diagonal'))}")
+            _check_choice("RandomFlip: direction", name, ("horizontal", "vertical", "diagonal"))
         if prob is None:
             raise ConfigError("RandomFlip needs prob, a probability or one for each direction")
-        self.probs = [prob / len(self.directions)] * len(self.directions) if isinstance(prob, int | float) else list(prob)
+        count = len(self.directions)
+        self.probs = [prob / count] * count if isinstance(prob, int | float) else list(prob)
         if len(self.probs) != len(self.directions) or min(self.probs) < 0 or sum(self.probs) > 1 + 1e-9:
             raise ConfigError(f"RandomFlip: prob={prob} are not probabilities of the directions {self.directions}")
 
@@ -361,8 +329,12 @@ class MultiView:
     def __init__(self, transforms: Sequence[Sequence[Any]], num_views: int | Sequence[int]):
         counts = [num_views] if isinstance(num_views, int) else list(num_views)
         if len(counts) != len(transforms):
-            raise ConfigError(f"MultiView: num_views={num_views} are {len(counts)} numbers for {len(transforms)} pipelines")
-        self.pipelines = [build_pipeline(steps) for steps, count in zip(transforms, counts, strict=True) for _ in range(count)]
+            raise ConfigError(
+                f"MultiView: num_views={num_views} are {len(counts)} numbers for {len(transforms)} pipelines"
+            )
+        self.pipelines = [
+            build_pipeline(steps) for steps, count in zip(transforms, counts, strict=True) for _ in range(count)
+        ]
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         return {**sample, "image": tuple(pipeline(dict(sample), rng)["image"] for pipeline in self.pipelines)}
@@ -389,20 +361,34 @@ class _Plain:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         result = self.function(sample)
         if not isinstance(result, Mapping) or "image" not in result:
-            raise ConfigError(f"transform {self.function!r} must return the sample, a dict with `image`; it returned {type(result).__name__}")
+            raise ConfigError(
+                f"transform {self.function!r} must return the sample, a dict with `image`; it returned "
+                f"{type(result).__name__}"
+            )
         return dict(result)
 
 
 TRANSFORMS: dict[str, type] = {
     cls.__name__: cls
-    for cls in (CenterCrop, LoadImageFromFile, MultiView, PackInputs, RandomCrop, RandomFlip, RandomResizedCrop, Resize, ResizeEdge)
+    for cls in (
+        CenterCrop,
+        LoadImageFromFile,
+        MultiView,
+        PackInputs,
+        RandomCrop,
+        RandomFlip,
+        RandomResizedCrop,
+        Resize,
+        ResizeEdge,
+    )
 }
 
 
 def build_pipeline(steps: Sequence[Any]) -> Pipeline:
     """A list of `dict(type=...)`, of names registered by the user, or of callables, as one transform.
 
-    A callable whose second parameter is called `rng` gets the sample's generator; any other is called with the sample alone.
+    A callable whose second parameter is called `rng` gets the sample's generator; any other is called with the sample
+    alone.
 
     Raises:
         ConfigError: unknown type or argument, naming the nearest.
@@ -416,29 +402,20 @@ def _build_step(step: Any) -> Step:
         kind = step.get("type")
         if kind in TRANSFORMS:
             step["type"] = TRANSFORMS[kind]
-        elif isinstance(kind, str) and kind not in build.names() and "." not in kind:
+        elif isinstance(kind, str) and kind not in names() and "." not in kind:
             raise ConfigError(
-                f"No host transform {kind!r}.{build.nearest(kind, TRANSFORMS)} Colour, blur, erasing and mixing run on the device: "
-                f"they belong in `device_pipeline`"
+                f"No host transform {kind!r}.{nearest(kind, TRANSFORMS)} Colour, blur, erasing and mixing run on the "
+                "device: they belong in `device_pipeline`"
             )
-        step = build.build(step)
+        step = build(step)
     if not callable(step):
         raise ConfigError(f"a pipeline holds dict(type=...) or callables, got {step!r}")
     return step if "rng" in inspect.signature(step).parameters else _Plain(step)
 
 
-def pad(image: Image, sides: tuple[int, int, int, int], value: int | Sequence[int] = 0, mode: str = "constant") -> Image:
-    """`image` with (top, bottom, left, right) more pixels; `value` is a grey level or RGB; modes as in `numpy.pad`."""
-    if not any(sides):
-        return image
-    top, bottom, left, right = sides
-    if mode != "constant":
-        return np.pad(image, ((top, bottom), (left, right), (0, 0)), mode=mode)  # type: ignore[call-overload]
-    height, width = image.shape[:2]
-    padded = np.empty((height + top + bottom, width + left + right, 3), np.uint8)
-    padded[:] = value
-    padded[top : top + height, left : left + width] = image
-    return padded
+def _check_choice(what: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{what}={value!r} does not exist.{nearest(str(value), valid)}")
 
 
 def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
@@ -446,22 +423,3 @@ def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
     if len(pair) != 2 or min(pair) <= 0:
         raise ConfigError(f"{what}={value!r} must be a positive number or a pair of them")
     return pair[0], pair[1]
-
-
-def _check_filter(name: str, interpolation: str, backend: str) -> tuple[str, str]:
-    filters = {"cv2": CV2_FILTERS, "pillow": PILLOW_FILTERS}
-    if backend not in filters:
-        raise ConfigError(f"{name}: no backend {backend!r}.{build.nearest(str(backend), filters)}")
-    if interpolation not in filters[backend]:
-        raise ConfigError(f"{name}: {backend} has no interpolation {interpolation!r}.{build.nearest(str(interpolation), filters[backend])}")
-    return interpolation, backend
-
-
-def _cv2():
-    try:
-        import cv2
-    except ImportError as error:  # pragma: no cover
-        raise ConfigError("backend='cv2' needs opencv-python-headless; install it, or use backend='pillow'") from error
-    if cv2.getNumThreads() != 1:
-        cv2.setNumThreads(1)  # the loader runs many images at once; OpenCV's own threads would only fight for the cores
-    return cv2

@@ -25,9 +25,9 @@ class EvalContext:
     Attributes:
         features: (state, batch) -> float32 [B, D], jitted: normalises uint8 images and applies `Method.features`.
         logits: (state, batch) -> float32 [B, classes], jitted; None for methods without a classifier.
-        loader: 'train' or 'val' -> batches on the device: `image` uint8 [B, H, W, 3] after the evaluation pipeline, `label`
-            int32 [B], `index` int32 [B], `valid` bool [B] (False: a row that only fills up the last batch). Each split is
-            one pass in which every sample is valid once; all batches of a split have one shape.
+        loader: 'train' or 'val' -> batches on the device: `image` uint8 [B, H, W, 3] after the evaluation pipeline,
+            `label` int32 [B], `index` int32 [B], `valid` bool [B] (False: a row that only fills up the last batch). One
+            pass, in which every sample is valid once, in batches of one shape.
         num_classes: labels are 0 to num_classes - 1; None for data without labels, which only pictures can be made of.
         method: state -> the method with that state, in evaluation mode; may be called inside jit.
         workdir: where pictures go; None writes none.
@@ -51,7 +51,7 @@ class EvalContext:
 
 
 class Evaluator:
-    """A protocol that turns a state into scores. Sub-classes take their options as keyword arguments after the context."""
+    """A protocol that turns a state into scores. Sub-classes take their options as arguments after the context."""
 
     def __init__(self, context: EvalContext):
         self.context = context
@@ -77,7 +77,7 @@ def run_all(evaluators: Mapping[str, Evaluator], state: Any) -> dict[str, float]
     return scores
 
 
-def gather(tree: T) -> T:
+def gather(tree: Any) -> Any:
     """The arrays of a tree, whole, as NumPy arrays on every process. All processes must call it together."""
 
     def whole(x: Array) -> np.ndarray:
@@ -90,7 +90,7 @@ def gather(tree: T) -> T:
 
 
 def one_behind(outputs: Iterable[T]) -> Iterator[T]:
-    """Each item of `outputs`, once the next one has been started: fetching a result then overlaps with computing one."""
+    """Each item of `outputs`, once the next one has been started: fetching one then overlaps with computing another."""
     iterator = iter(outputs)
     for previous in iterator:
         for current in iterator:
@@ -141,7 +141,7 @@ def _extract(context: EvalContext, state: Any, split: str) -> tuple[np.ndarray, 
 
 def check_labels(labels: np.ndarray, num_classes: int | None, split: str) -> None:
     """Raises ConfigError where a label is not a class."""
-    if num_classes is None or labels.min() < 0:
+    if not num_classes or labels.min() < 0:
         raise ConfigError(
             f"evaluators: the {split} split has images without labels, and cannot be scored; evaluate on labelled data "
             "(config.data), or take the evaluator out of config.evaluators"

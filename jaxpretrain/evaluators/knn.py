@@ -22,8 +22,9 @@ class KNN(Evaluator):
     """Labels each `val` image by its k nearest `train` images (Wu et al., 2018, "Unsupervised Feature Learning via
     Non-Parametric Instance Discrimination", section 3.4; the settings are those of DINO, Caron et al., 2021).
 
-    Nearness is the cosine of the features; a neighbour at cosine s votes for its class with weight exp(s / temperature).
-    Scores are in percent: {'top1': ..., 'top5': ...}, or with several k {'k10_top1': ..., 'k20_top1': ...}.
+    Nearness is the cosine of the features; a neighbour at cosine s votes for its class with weight exp(s /
+    temperature). Scores are in percent: {'top1': ..., 'top5': ...}, or with several k {'k10_top1': ...,
+    'k10_top5': ..., 'k20_top1': ...}.
 
     Args:
         context: of the run.
@@ -35,9 +36,7 @@ class KNN(Evaluator):
         ConfigError: k or chunk below 1, or a temperature that is not positive.
     """
 
-    def __init__(
-        self, context: EvalContext, k: int | Sequence[int] = 20, temperature: float = 0.07, chunk: int = 256
-    ):
+    def __init__(self, context: EvalContext, k: int | Sequence[int] = 20, temperature: float = 0.07, chunk: int = 256):
         super().__init__(context)
         self.k = check_counts("KNN.k", k)
         (self.chunk,) = check_counts("KNN.chunk", chunk)
@@ -95,9 +94,9 @@ def _count_hits(
         cosine, nearest = jax.lax.top_k(cosine, max(ks))
         # Relative to the nearest: the same ranking, and no overflow at low temperatures.
         weight = jnp.exp((cosine - cosine[:, :1]) / temperature)
-        row = jnp.arange(len(query))[:, None]
-        votes = [jnp.zeros((len(query), num_classes)).at[row, bank_labels[nearest[:, :k]]].add(weight[:, :k]) for k in ks]
-        right = jnp.stack([hits(vote, label, _TOPK) for vote in votes])
+        row, voted = jnp.arange(len(query))[:, None], bank_labels[nearest]
+        none = jnp.zeros((len(query), num_classes))
+        right = jnp.stack([hits(none.at[row, voted[:, :k]].add(weight[:, :k]), label, _TOPK) for k in ks])
         return jnp.sum(right & valid[:, None], axis=1)
 
     return jax.lax.map(chunk_hits, (queries, labels, valid)).sum(axis=0)

@@ -24,10 +24,10 @@ Weights = dict[str, Array]
 class LinearProbe(Evaluator):
     """Softmax regression on frozen features of `train`, scored on `val`.
 
-    One run per pair of learning rate and weight decay, all at once by vmap: zero weights at the start, SGD with momentum,
-    cosine decay to zero, the same batches for all. The pair with the highest accuracy on a random tenth of `train`, which
-    no run learns from, is the one that is scored on `val`; equal accuracies are decided by the lower loss there. `val` has
-    no part in any choice, so the score is honest, and a little below what choosing on `val` would report.
+    One run per pair of learning rate and weight decay, all at once by vmap: zero weights at the start, SGD with
+    momentum, cosine decay to zero, the same batches for all. The run with the highest accuracy on a random tenth of
+    `train`, from which none learns, is the one that is scored on `val`; equal accuracies are decided by the lower loss
+    there. `val` has no part in any choice, so the score is a little below what choosing on `val` would report.
 
     Features are standardised by the mean and variance of `train`: the batch normalisation without scale and bias of MAE
     (He et al., 2022, appendix A.1; eps 1e-6), with the statistics of all data instead of running ones.
@@ -65,7 +65,7 @@ class LinearProbe(Evaluator):
         if not self.lrs or min(self.lrs) <= 0:
             raise ConfigError(f"LinearProbe.lrs is {lrs!r}; it must be one or more positive learning rates")
         if not self.weight_decays or min(self.weight_decays) < 0:
-            raise ConfigError(f"LinearProbe.weight_decays is {weight_decays!r}; it must be one or more numbers from 0 up")
+            raise ConfigError(f"LinearProbe.weight_decays is {weight_decays!r}; it must be numbers from 0 up")
 
     def run(self, state: Any) -> dict[str, float]:
         train = extract(self.context, state, "train")
@@ -141,11 +141,10 @@ def _probe(
     def held_out(candidate: Weights) -> tuple[Array, Array]:
         x, y = features[held], labels[held]
         right = jnp.sum(jnp.argmax(predict(candidate, x), axis=-1) == y)
-        value = loss(candidate, x, y)
-        # A run that diverged has no accuracy, whatever argmax makes of its NaNs.
-        return jnp.where(jnp.isfinite(value), right, -1), value
+        return right, loss(candidate, x, y)
 
-    # One candidate after the other: their logits together would be the largest array of all.
+    # One candidate after the other: their logits together would be the largest array of all. A run that diverged has
+    # the accuracy of guessing, and a NaN as its loss, which sorts last.
     right, value = lax.map(held_out, weights)
     best = jnp.lexsort((value, -right))[0]
     chosen = jax.tree.map(lambda w: w[best], weights)

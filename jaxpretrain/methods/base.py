@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
+from jaxpretrain.build import ConfigError
 from jaxpretrain.models.layers import BaseModule
+from jaxpretrain.models.layers.conv import global_avg_pool
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
@@ -30,12 +34,13 @@ class Progress:
 class Method(BaseModule):
     """A learning method owns its networks and says how they learn.
 
-    The trainer calls `loss` inside its jitted step, once per micro-batch, differentiates it with respect to the `nnx.Param`s
-    alone, applies the optimizer, and calls `after_step` once. Whatever else the networks hold (running statistics, momentum
-    encoders, queues) is ordinary NNX state: changed in place in either call, sharded and checkpointed with the rest.
+    The trainer calls `loss` inside its jitted step, once per micro-batch, differentiates it with respect to the
+    `nnx.Param`s alone, applies the optimizer, and calls `after_step` once. Whatever else the networks hold (running
+    statistics, momentum encoders, queues) is ordinary NNX state: changed in place in either call, sharded and
+    checkpointed with the rest.
 
-    A batch is a dictionary with `image` [B, H, W, 3], augmented and normalised, or a tuple of such views; `label` int32 [B]
-    where the data has labels; `index` and `epoch` int32 [B]. The dtype of the images is the dtype of the computation.
+    A batch is a dictionary with `image` [B, H, W, 3], augmented and normalised, or a tuple of such views; `label` int32
+    [B] where the data has labels; `index` and `epoch` int32 [B]. The dtype of the images is that of the computation.
     """
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
@@ -62,3 +67,42 @@ class Method(BaseModule):
     def has_logits(self) -> bool:
         """Whether `logits` is defined: true for classifiers."""
         return type(self).logits is not Method.logits
+
+
+# What several methods do.
+
+
+def views(batch: Batch, count: int) -> tuple[Float[Array, "b h w 3"], ...]:
+    """The `count` views of each image. Raises ConfigError if the batch has another number of them."""
+    images = batch["image"]
+    found = len(images) if isinstance(images, tuple | list) else 1
+    if found != count:
+        raise ConfigError(
+            f"This method learns from {count} views of each image, and the batch has {found}: give config.data.train's "
+            f"pipeline or device_pipeline a dict(type='MultiView', num_views=..., transforms=...) that makes {count}"
+        )
+    return tuple(images)
+
+
+def last(outputs: Any) -> Array:
+    """The last of a tuple of outputs; an array as it is."""
+    return outputs[-1] if isinstance(outputs, tuple | list) else outputs
+
+
+def pool(outputs: Any) -> Float[Array, "b d"]:
+    """A backbone's last output as one vector per image: feature maps [B, H, W, D] are averaged over positions."""
+    x = last(outputs)
+    return global_avg_pool(x) if x.ndim == 4 else x
+
+
+def normalize(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """Rows of unit length, in float32 at least; rows of zeros stay so."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+
+
+def draw_key(rngs: nnx.Rngs | None, stream: str) -> Array:
+    """A key for something random. Raises ValueError without `rngs`."""
+    if rngs is None:
+        raise ValueError(f"This loss draws random numbers ({stream}): call it with rngs=nnx.Rngs(key)")
+    return getattr(rngs, stream)()

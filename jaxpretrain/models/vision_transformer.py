@@ -20,7 +20,7 @@ from jaxpretrain.models.layers.ffn import FFN, SwiGLUFFNFused
 from jaxpretrain.models.layers.init import trunc_normal
 from jaxpretrain.models.layers.linear import Linear
 from jaxpretrain.models.layers.norm import build_norm
-from jaxpretrain.models.layers.patch_embed import PatchEmbed, to_2tuple
+from jaxpretrain.models.layers.patch_embed import PatchEmbed
 from jaxpretrain.models.layers.position import resize_pos_embed
 from jaxpretrain.models.layers.stack import apply_layers
 
@@ -114,7 +114,8 @@ class TransformerEncoderLayer(BaseModule):
         for layer in vars(self.ffn).values():
             if isinstance(layer, Linear):
                 layer.kernel.set_value(initializers.xavier_uniform()(rngs.params(), layer.kernel.shape))
-                layer.bias.set_value(1e-6 * jax.random.normal(rngs.params(), layer.bias.shape))
+                if layer.bias is not None:
+                    layer.bias.set_value(1e-6 * jax.random.normal(rngs.params(), layer.bias.shape))
 
 
 class VisionTransformer(BaseModule):
@@ -187,13 +188,14 @@ class VisionTransformer(BaseModule):
         self.out_type, self.interpolate_mode, self.init_cfg = out_type, interpolate_mode, init_cfg
         self.scan_layers, self.remat = False, "none"
 
-        patches = {"in_channels": in_channels, "input_size": to_2tuple(img_size), "embed_dims": self.embed_dims}
-        patches |= {"kernel_size": to_2tuple(patch_size), "bias": not pre_norm, **patch_cfg}
+        patches: dict[str, Any] = {"in_channels": in_channels, "embed_dims": self.embed_dims, "bias": not pre_norm}
+        patches |= {"kernel_size": patch_size, "input_size": img_size, **patch_cfg}
         self.patch_embed = PatchEmbed(**patches, rngs=rngs)
         self.patch_resolution = self.patch_embed.init_out_size
         self.num_extra_tokens = int(with_cls_token)
         num_tokens = self.patch_resolution[0] * self.patch_resolution[1] + self.num_extra_tokens
-        self.cls_token = nnx.Param(jnp.zeros((1, 1, self.embed_dims))) if with_cls_token else None
+        cls_token = nnx.Param(jnp.zeros((1, 1, self.embed_dims))) if with_cls_token else None
+        self.cls_token: nnx.Variable | None = cls_token
         self.pos_embed: nnx.Variable = nnx.Param(jnp.zeros((1, num_tokens, self.embed_dims)))
         self.drop_after_pos = Dropout(drop_rate)
         self.pre_norm = build_norm(norm_cfg, self.embed_dims, rngs=rngs) if pre_norm else None
@@ -201,7 +203,7 @@ class VisionTransformer(BaseModule):
         layer_cfgs = [layer_cfgs] * self.num_layers if isinstance(layer_cfgs, Mapping) else list(layer_cfgs)
         if len(layer_cfgs) != self.num_layers:
             raise ConfigError(f"VisionTransformer: {len(layer_cfgs)} layer_cfgs for {self.num_layers} layers")
-        shared = {key: size[key] for key in ("embed_dims", "num_heads", "feedforward_channels")}
+        shared: dict[str, Any] = {key: size[key] for key in ("embed_dims", "num_heads", "feedforward_channels")}
         shared |= {"layer_scale_init_value": layer_scale_init_value, "drop_rate": drop_rate}
         shared |= {"qkv_bias": qkv_bias, "norm_cfg": norm_cfg}
         rates = np.linspace(0, drop_path_rate, self.num_layers)
@@ -262,7 +264,7 @@ class VisionTransformer(BaseModule):
         if self.out_type == "featmap":
             return patches.reshape(x.shape[0], *grid, x.shape[2])
         mean = patches.mean(axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
-        return self.ln2(mean)
+        return mean if self.ln2 is None else self.ln2(mean)
 
     def init_weights(self, rngs: nnx.Rngs) -> None:
         """Besides `init_cfg` and the layers' own rules: positions from a truncated normal distribution of std 0.02."""

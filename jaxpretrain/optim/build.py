@@ -31,15 +31,16 @@ def build_optimizer(
 ) -> optax.GradientTransformation:
     """The transformation that an MMEngine `optim_wrapper` describes.
 
-    Its state is a dictionary of `step` (int32, completed steps) and the optimizer's slots (`mu`, `nu`, `momentum`), each a pytree
-    like the parameters, so sharding rules by path fit. Steps beyond the tables keep the last value.
+    Its state is a dictionary of `step` (int32, completed steps) and the optimizer's slots (`mu`, `nu`, `momentum`),
+    each a pytree like the parameters, so sharding rules by path fit. Steps beyond the tables keep the last value.
 
     Args:
         optim_wrapper: dict(optimizer=dict(type='AdamW', lr=..., ...), paramwise_cfg=..., clip_grad=...). clip_grad is
             dict(max_norm=..., norm_type=2) or dict(type='value', clip_value=...).
-        learning_rates: the learning rate of each step, float64 [total_steps], times lr_mult for parameters that have one. Or a
-            function from base rate to such a table, `functools.partial(learning_rates, param_scheduler, total_steps=..., ...)`:
-            exact also where a scheduler goes down to a fixed `eta_min`, which multipliers do not scale.
+        learning_rates: the learning rate of each step, float64 [total_steps]; parameters with an lr_mult take it times
+            that. Or a function from base rate to such a table,
+            `functools.partial(learning_rates, param_scheduler, total_steps=..., steps_per_epoch=...)`: exact also where
+            a scheduler goes down to a fixed `eta_min`, which multipliers do not scale.
         params: the parameters, or ShapeDtypeStructs; only paths and shapes are used.
         weight_decays: as `learning_rates`, where a scheduler drives the weight decay; constant by default.
 
@@ -50,10 +51,9 @@ def build_optimizer(
     optimizer = _build_rule(cfg)
     groups = param_groups(params, cfg.get("paramwise_cfg"))
     clip = _build_clip(cfg.get("clip_grad"))
-    treedef = jax.tree.structure(params)
-    lr_mults, decay_mults, excluded = map(jax.tree.leaves, (groups.lr_mult, groups.decay_mult, groups.lars_exclude))
-    lr_curves = {mult: _Curve(learning_rates, optimizer.lr, mult) for mult in sorted(set(lr_mults))}
-    decay_curves = {mult: _Curve(weight_decays, optimizer.weight_decay, mult) for mult in sorted(set(decay_mults))}
+    lr_mults, decay_mults = sorted({*jax.tree.leaves(groups.lr_mult)}), sorted({*jax.tree.leaves(groups.decay_mult)})
+    lr_curves = {mult: _Curve(learning_rates, optimizer.lr, mult) for mult in lr_mults}
+    decay_curves = {mult: _Curve(weight_decays, optimizer.weight_decay, mult) for mult in decay_mults}
 
     def init(params: PyTree) -> dict[str, Any]:
         slots = {name: jax.tree.map(jnp.zeros_like, params) for name in optimizer.slots}
@@ -63,21 +63,10 @@ def build_optimizer(
         if params is None:
             raise ValueError("The optimizer needs the parameters: update(grads, state, params)")
         step = state["step"]
-        grads = optimizer.prepare(clip(grads))
         lrs = {mult: curve(step) for mult, curve in lr_curves.items()}
         decays = {mult: curve(step) for mult, curve in decay_curves.items()}
-        updates, slots = [], []
-        for p, g, slot, lr_mult, decay_mult, exclude in zip(
-            treedef.flatten_up_to(params),
-            treedef.flatten_up_to(grads),
-            zip(*(treedef.flatten_up_to(state[name]) for name in optimizer.slots), strict=True)
-            if optimizer.slots
-            else [()] * treedef.num_leaves,
-            lr_mults,
-            decay_mults,
-            excluded,
-            strict=True,
-        ):
+
+        def move(p: Array, g: Array, lr_mult: float, decay_mult: float, exclude: bool, *slots: Array) -> Any:
             at = Setting(
                 step=(step + 1).astype(jnp.promote_types(p.dtype, jnp.float32)),
                 lr=lrs[lr_mult],
@@ -85,11 +74,15 @@ def build_optimizer(
                 decays=not decay_curves[decay_mult].is_zero,
                 lars_exclude=exclude,
             )
-            change, new = optimizer.update(p, g.astype(p.dtype), dict(zip(optimizer.slots, slot, strict=True)), at)
-            updates.append(change.astype(p.dtype))
-            slots.append(new)
-        new_slots = {name: treedef.unflatten([slot[name] for slot in slots]) for name in optimizer.slots}
-        return treedef.unflatten(updates), {"step": step + 1, **new_slots}
+            change, new = optimizer.update(p, g.astype(p.dtype), dict(zip(optimizer.slots, slots, strict=True)), at)
+            return change.astype(p.dtype), new
+
+        grads = optimizer.prepare(clip(grads))
+        multipliers = (groups.lr_mult, groups.decay_mult, groups.lars_exclude)
+        moves = jax.tree.map(move, params, grads, *multipliers, *(state[name] for name in optimizer.slots))
+        one_move = jax.tree.structure((0, dict.fromkeys(optimizer.slots, 0)))
+        updates, slots = jax.tree.transpose(jax.tree.structure(params), one_move, moves)
+        return updates, {"step": step + 1, **slots}
 
     return optax.GradientTransformation(init, update)
 
@@ -140,7 +133,7 @@ def _build_rule(cfg: Mapping[str, Any]) -> Optimizer:
     if cfg.get("type", kinds[0]) not in kinds:
         raise ConfigError(f"optim_wrapper.type={cfg['type']!r}.{nearest(cfg['type'], kinds)}")
     if not cfg.get("optimizer"):
-        raise ConfigError("optim_wrapper.optimizer is not set; for example dict(type='AdamW', lr=1e-3, weight_decay=0.05)")
+        raise ConfigError("optim_wrapper.optimizer is not set; give for example dict(type='AdamW', lr=1e-3)")
     optimizer = build(cfg["optimizer"])
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"optim_wrapper.optimizer: {type(optimizer).__name__} is not an optimizer")
@@ -158,7 +151,9 @@ def _build_clip(clip_grad: Mapping[str, Any] | None) -> Callable[[PyTree], PyTre
     kind = cfg.get("type", "norm")
     needed = {"norm": "max_norm", "value": "clip_value"}
     if kind not in needed or cfg.get(needed[kind]) is None or cfg.get("norm_type", 2) != 2:
-        raise ConfigError(f"clip_grad={cfg}: give dict(max_norm=...), the norm is 2, or dict(type='value', clip_value=...)")
+        raise ConfigError(
+            f"clip_grad={cfg}: give dict(max_norm=...) or dict(type='value', clip_value=...); norm_type is 2"
+        )
     limit = float(cfg[needed[kind]])
     if kind == "value":
         return lambda grads: jax.tree.map(lambda g: jnp.clip(g, -limit, limit), grads)

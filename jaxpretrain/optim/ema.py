@@ -18,8 +18,8 @@ def ema_update(
 ) -> PyTree:
     """The average after one more step: `ema + momentum * (params - ema)`.
 
-    Until `step + 1 >= begin_iter` the average follows the weights, and its first update is a copy too; so it is a copy up to
-    and including step `max(begin_iter, 1) - 1`. Leaves that are not floating point (counters) stay as first copied.
+    Until `step + 1 >= begin_iter` the average follows the weights, and its first update is a copy too; so it is a copy
+    up to and including step `max(begin_iter, 1) - 1`. Leaves that are not floating point (counters) keep their copy.
 
     Args:
         ema: the average so far, a pytree like `params`; overwritten at step 0.

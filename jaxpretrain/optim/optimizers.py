@@ -1,9 +1,9 @@
 """Optimizers that agree with PyTorch's (and MMPretrain's LARS and Lamb) step by step.
 
-An optimizer says how one parameter moves; `jaxpretrain.optim.build` makes an optax transformation of it. They are written out
-rather than chained from optax's parts for three reasons: optax computes `1 - b2**t` in float32, which is off by 1e-5 in the
-first step; its momentum knows no dampening, its trust ratio no weight decay; and the state stays a plain dictionary
-whose layout in checkpoints is ours.
+An optimizer says how one parameter moves; `jaxpretrain.optim.build` makes an optax transformation of it. They are
+written out rather than chained from optax's parts for three reasons: optax computes `1 - b2**t` in float32, which is
+off by 1e-5 in the first step; its momentum knows no dampening and its trust ratio no weight decay; and so the state is
+a plain dictionary, whose layout in checkpoints does not depend on optax.
 """
 
 from __future__ import annotations
@@ -68,10 +68,9 @@ class Optimizer(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(Optimizer):
-    """Stochastic gradient descent with momentum; `torch.optim.SGD`."""
+class _WithMomentum(Optimizer):
+    """PyTorch's momentum: buffer = momentum * buffer + (1 - dampening) * gradient."""
 
-    lr: float = 1e-3
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
@@ -84,10 +83,6 @@ class SGD(Optimizer):
     def slots(self) -> tuple[str, ...]:
         return ("momentum",) if self.momentum else ()
 
-    def update(self, p: Array, g: Array, slots: Slots, at: Setting) -> tuple[Array, Slots]:
-        direction, slots = self._accumulate(g + at.decay * p, slots, at)
-        return -at.lr * direction, slots
-
     def _accumulate(self, g: Array, slots: Slots, at: Setting) -> tuple[Array, Slots]:
         if not self.momentum:
             return g, {}
@@ -98,21 +93,31 @@ class SGD(Optimizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LARS(SGD):
+class SGD(_WithMomentum):
+    """Stochastic gradient descent; `torch.optim.SGD`."""
+
+    lr: float = 1e-3
+
+    def update(self, p: Array, g: Array, slots: Slots, at: Setting) -> tuple[Array, Slots]:
+        direction, slots = self._accumulate(g + at.decay * p, slots, at)
+        return -at.lr * direction, slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class LARS(_WithMomentum):
     """Layer-wise adaptive rates (You et al., 2017, arXiv:1708.03888) in the form of MMPretrain.
 
-    A parameter's own rate is eta * |p| / (|g| + decay * |p| + eps), or 1 where it is excluded or a norm is 0. The learning rate is
-    multiplied into the momentum buffer, which so remembers the rates of the past.
+    A parameter's trust ratio is eta * |p| / (|g| + decay * |p| + eps), or 1 where it is excluded or a norm is 0. The
+    learning rate is multiplied into the momentum buffer, which so remembers the rates of the past.
     """
 
-    lr: float
     eta: float = 1e-3
     eps: float = 1e-8
 
     def update(self, p: Array, g: Array, slots: Slots, at: Setting) -> tuple[Array, Slots]:
         rate = at.lr
         if not at.lars_exclude:
-            p_norm, g_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
+            p_norm, g_norm = optax.global_norm(p), optax.global_norm(g)
             trust = self.eta * p_norm / (g_norm + at.decay * p_norm + self.eps)
             rate = rate * jnp.where((p_norm > 0) & (g_norm > 0), trust, 1.0)
         direction, slots = self._accumulate(rate * (g + at.decay * p), slots, at)
@@ -194,7 +199,7 @@ class Lamb(Optimizer):
         direction = _adam_direction(new["mu"], new["nu"], self.betas, self.eps, step) + at.decay * p
         rate = at.lr
         if at.decays or self.always_adapt:
-            p_norm, d_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(direction.ravel())
+            p_norm, d_norm = optax.global_norm(p), optax.global_norm(direction)
             trust = jnp.where((p_norm > 0) & (d_norm > 0), p_norm / d_norm, 1.0)
             rate = rate * (jnp.minimum(trust, 1.0) if self.trust_clip else trust)
         return -rate * direction, new

@@ -1,7 +1,7 @@
 """Which parameter learns how fast and decays how much: MMEngine's `paramwise_cfg`, from paths and shapes alone.
 
-A layer is known by its leaves. `scale` makes it a normalisation layer, so a LayerScale's weight must be called otherwise; a
-`kernel` [h, w, 1, c] makes it a depth-wise convolution.
+A layer is known by its leaves. `scale` and `bias` together make it a normalisation layer (a LayerScale has no bias),
+and a `kernel` [h, w, 1, c] a depth-wise convolution.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def param_groups(params: PyTree, paramwise_cfg: Mapping[str, Any] | None = None)
         params: nested dicts of arrays or ShapeDtypeStructs; paths are keys joined by '/', such as
             'backbone/layers/0/ln1/scale'.
         paramwise_cfg: any of
-            custom_keys: {part of a path: dict(lr_mult=, decay_mult=, lars_exclude=)}. The longest key that occurs in the path
-                decides, alphabetically first among equally long ones, and no other rule applies. Separators may be '/' or
-                '.', and MMPretrain's leaf name `weight` fits `kernel` and `scale`, so its keys work unchanged.
+            custom_keys: {part of a path: dict(lr_mult=, decay_mult=, lars_exclude=)}. The longest key that occurs in
+                the path decides, alphabetically first among equally long ones, and no other rule applies. Separators
+                may be '/' or '.' (ConfigDicts allow no '.'), and MMPretrain's leaf name `weight` fits `kernel` and
+                `scale`, so its keys work unchanged.
             norm_decay_mult: for scales and biases of normalisation layers.
             bias_lr_mult: for biases that are not a normalisation layer's.
             bias_decay_mult: for all biases for which no norm_decay_mult is given.
@@ -89,7 +90,7 @@ def param_groups(params: PyTree, paramwise_cfg: Mapping[str, Any] | None = None)
         rows.append(_by_kind(name, shape, shapes, cfg) if key is None else custom[key])
     if unused := sorted(set(custom) - used):
         logger.info("paramwise_cfg.custom_keys that occur in no parameter's name: %s", ", ".join(unused))
-    return ParamGroups(*(treedef.unflatten(column) for column in zip(*rows, strict=True)))
+    return ParamGroups(*(jax.tree.unflatten(treedef, column) for column in zip(*rows, strict=True)))
 
 
 def _custom_multipliers(custom_keys: Mapping[str, Mapping[str, Any]]) -> dict[str, Multipliers]:
@@ -118,10 +119,13 @@ def _occurs(key: str, name: str) -> bool:
     return any(key.replace("/", ".") in spelling.replace("/", ".") for spelling in spellings)
 
 
-def _by_kind(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[str, Any]) -> Multipliers:
+def _by_kind(
+    name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], cfg: Mapping[str, Any]
+) -> Multipliers:
     parent, _, leaf = name.rpartition("/")
     beside = parent + "/" if parent else ""
-    is_bias, is_norm = leaf == "bias", f"{beside}scale" in shapes and leaf in ("scale", "bias")
+    is_bias = leaf == "bias"
+    is_norm = leaf in ("scale", "bias") and all(beside + name in shapes for name in ("scale", "bias"))
     kernel = shapes.get(f"{beside}kernel", ())
     rules = (
         (is_norm, "norm_decay_mult"),

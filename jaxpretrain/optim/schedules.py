@@ -1,9 +1,10 @@
 """Learning rate schedules with MMEngine's semantics, computed for a whole run at once.
 
-A scheduler acts on the value that is there, not on the base value: at its k-th turn it maps `value` to `a[k] * value + b[k]`.
-So several of them chain: a warmup that ends hands its value to the cosine that begins, and two that overlap both apply. A
-scheduler has its turns at steps `begin <= step < end`, or, counting epochs, at the first step of epochs `begin <= epoch < end`;
-the result is then a staircase. `convert_to_iter_based` turns one that is written in epochs into one that acts at every step.
+A scheduler acts on the value that is there, not on the base value: at its k-th turn it maps `value` to
+`a[k] * value + b[k]`. So several of them chain: a warmup that ends hands its value to the cosine that begins, and two
+that overlap both apply. A scheduler has its turns at steps `begin <= step < end`, or, counting epochs, at the first
+step of epochs `begin <= epoch < end`; the result is then a staircase. `convert_to_iter_based` turns one that is written
+in epochs into one that acts at every step.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def maps(self, base: float, n: int) -> Map:
-        """(a, b), float64 [n]: its k-th turn maps value to a[k] * value + b[k]. `base` is the value the run starts from."""
+        """(a, b), float64 [n]: turn k maps value to a[k] * value + b[k]. `base` is the value the run starts from."""
 
 
 def _scale(factors: Any) -> Map:
@@ -228,7 +229,7 @@ def learning_rates(
     """The learning rate of every optimizer step of a run.
 
     Args:
-        param_scheduler: a scheduler's description, or a list of them: `[dict(type='LinearLR', ...), ...]`; may be empty.
+        param_scheduler: a scheduler's description or a list of them, `[dict(type='LinearLR', ...), ...]`; may be empty.
         base_lr: the optimizer's learning rate times the parameter's multiplier. A schedule that goes down to a fixed
             `eta_min` is not proportional to it.
         total_steps: length of the run; what lies beyond is cut off.
@@ -267,8 +268,8 @@ def _table(
             slope[where] *= a
             shift[where] = a * shift[where] + b
     table, value = [], float(base)
-    for a, b in zip(slope.tolist(), shift.tolist(), strict=True):
-        value = a * value + b
+    for factor, term in zip(slope.tolist(), shift.tolist(), strict=True):
+        value = factor * value + term
         table.append(value)
     return np.asarray(table, np.float64)
 

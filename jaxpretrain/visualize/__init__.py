@@ -1,1 +1,1 @@
-"""Pictures of a run: curves, reconstructions, and one page that shows all of it. Drawing libraries load with the modules."""
+"""Pictures of a run: curves, reconstructions, and one page that shows all of it."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from jaxpretrain.build import ConfigError
@@ -18,14 +19,13 @@ from jaxpretrain.build import ConfigError
 Record = dict[str, Any]
 
 _COLOURS = ("#2f6fab", "#d1622b", "#3d8f5f", "#8a5fb0", "#b0892c", "#4a9aa5", "#b5476d", "#6b6b6b")
-_NOT_SCORES = ("lr", "weight_decay")  # what a probe chose: shown in tables, not as curves
 
 
 def read_metrics(workdir: str | Path) -> list[Record]:
     """The records of `workdir/metrics.jsonl`, in order of step; those of training and evaluation apart by `phase`.
 
-    A run that was killed has logged some steps that it repeats later: of two records of a phase and step that share a key,
-    the later one holds. A line cut short by the kill is passed over.
+    A run that was killed has logged some steps that it repeats later: of two records of a phase and step that share a
+    key, the later one holds. A line cut short by the kill is passed over.
 
     Raises:
         ConfigError: no such file, or nothing in it.
@@ -72,6 +72,11 @@ def is_percent(name: str) -> bool:
     return name.rsplit("/", 1)[-1].rsplit("_", 1)[-1].startswith("top")
 
 
+def is_choice(name: str) -> bool:
+    """Whether a score is none, but a setting that a probe chose: `linear/lr`."""
+    return name.rsplit("/", 1)[-1] in ("lr", "weight_decay")
+
+
 def plot_curves(workdir: str | Path, path: str | Path | None = None) -> Path:
     """Draws loss, learning rate and, where there are any, the evaluators' scores over optimizer steps, as one PNG.
 
@@ -83,14 +88,14 @@ def plot_curves(workdir: str | Path, path: str | Path | None = None) -> Path:
         the path. Raises ConfigError as `read_metrics` does.
     """
     records = read_metrics(workdir)
-    scores = [name for name in score_names(records) if name.rsplit("/", 1)[-1] not in _NOT_SCORES]
+    scores = [name for name in score_names(records) if not is_choice(name)]
     percents = [name for name in scores if is_percent(name)]
     panels: list[tuple[str, list[str], str]] = [("loss", ["loss"], "train"), ("learning rate", ["lr"], "train")]
     panels += [("accuracy (%)", percents, "eval")] if percents else []
     panels += [(name.replace("/", ": "), [name], "eval") for name in scores if name not in percents]
 
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(9.6, 3.4 * rows), dpi=120, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9.6, 3.4 * rows), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     for i, (title, names, phase) in enumerate(panels):
         axes = figure.add_subplot(rows, 2, i + 1)
         for name, colour in zip(names, _COLOURS * len(names), strict=False):

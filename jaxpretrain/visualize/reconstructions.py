@@ -33,8 +33,8 @@ def reconstruction_grid(
     factor = max(1, -(-_SMALLEST // min(height, width)))
     columns = [column.repeat(factor, axis=1).repeat(factor, axis=2) for column in columns]
     height, width = height * factor, width * factor
-    font = ImageFont.load_default(size=min(max(width // 8, 12), 24))
-    title_height = round(2 * font.size)
+    text_height = min(max(width // 8, 12), 24)
+    font, title_height = ImageFont.load_default(size=text_height), 2 * text_height
     canvas = np.full(
         (title_height + count * (height + _GAP), len(columns) * (width + _GAP) + _GAP, 3), _PAPER, dtype=np.uint8
     )

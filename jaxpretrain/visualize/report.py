@@ -13,7 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxpretrain.visualize.curves import Record, is_number, is_percent, plot_curves, read_metrics, score_names, series
+from jaxpretrain.visualize.curves import (
+    Record,
+    is_choice,
+    is_number,
+    is_percent,
+    plot_curves,
+    read_metrics,
+    score_names,
+    series,
+)
 
 # Names under which a metrics record may hold images per second and seconds of training.
 _SPEED = ("images_per_second", "images_per_s", "images_per_sec", "images/s", "img/s")
@@ -35,7 +44,8 @@ dl.tiles div { background: var(--card); border: 1px solid var(--line); border-ra
 dt { font-size: .85rem; } dd { margin: 0; } dl.tiles dd { font-size: 1.25rem; }
 div.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right; font-weight: normal; }
+th, td { padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right;
+  font-weight: normal; }
 th:first-child, td:first-child { text-align: left; }
 td.up { color: var(--good); } td.down { color: var(--bad); } td.trained { font-weight: 600; }
 figure { margin: 0; } div.pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
@@ -73,10 +83,11 @@ def write_report(workdir: str | Path) -> Path:
         _section("Environment", _facts(_environment(workdir))),
         _section("Settings", _details("config.json", config_text)),
     ]
+    body = "\n".join(sections)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n" + "\n".join(sections) + "\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
     # Beside its place first, so that a reader, or a full disk, never meets half a page.
     path, partial = workdir / "report.html", workdir / ".report.html.partial"
@@ -95,9 +106,9 @@ def environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             return "not installed"
 
-    devices = jax.devices()
+    devices, processes = jax.devices(), jax.process_count()
     return {
-        "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)",
+        "devices": f"{len(devices)} x {devices[0].device_kind}" + (f", {processes} processes" if processes > 1 else ""),
         "jax": version("jax"),
         "flax": version("flax"),
         "jaxpretrain": version("jaxpretrain"),
@@ -171,7 +182,7 @@ def _scores(records: list[Record]) -> str:
         change, side = "", ""
         if before is not None and after is not None and is_percent(name):
             change, side = f"{after - before:+.1f}", "up" if after >= before else "down"
-        unit = " (%)" if is_percent(name) else ""
+        unit = " (%)" if is_percent(name) else " (chosen)" if is_choice(name) else ""
         rows.append(
             f"<tr><td>{escape(name)}{unit}</td><td>{_number(before, name)}</td>"
             f"<td class=trained>{_number(after, name)}</td><td class='{side}'>{change}</td></tr>"
@@ -187,7 +198,7 @@ def _number(value: float | None, name: str) -> str:
 
 
 def _pictures(folder: Path, skip: Path) -> str:
-    """Of pictures NAME_STEP.png the first and the last step; of NAME.png, its latest copy, only where there are no steps."""
+    """Of pictures NAME_STEP.png the first and the last step; NAME.png, the latest, only where there are no steps."""
     series_of: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.glob("*.png")):
         if path == skip:

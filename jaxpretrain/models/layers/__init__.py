@@ -2,15 +2,15 @@
 
 Two conventions hold for every layer:
 
-- **A layer computes in the dtype of its input.** Parameters stay float32 and are cast where they are used, so one cast of
-  the images switches a whole network to bfloat16. Statistics (norms, softmax) are at least float32.
-- **Mode is an attribute, as in PyTorch.** `module.train()` and `module.eval()` switch `deterministic` (dropout, drop path)
-  and `use_running_average` (BatchNorm); a fresh module is in training mode. Random layers take `rngs` in the call.
+- **A layer computes in the dtype of its input.** Parameters stay float32 and are cast where they are used, so one cast
+  of the images switches a whole network to bfloat16. Statistics (norms, softmax) are at least float32.
+- **Mode is an attribute, as in PyTorch.** `module.train()` and `module.eval()` switch `deterministic` (dropout, drop
+  path) and `use_running_average` (BatchNorm); a fresh module is in training mode. Random layers take `rngs` in calls.
 """
 
 from jaxpretrain.models.layers.attention import MultiheadAttention
 from jaxpretrain.models.layers.base import BaseModule, Frozen, freeze
-from jaxpretrain.models.layers.conv import Conv2d, avg_pool2d, max_pool2d
+from jaxpretrain.models.layers.conv import Conv2d, ConvModule, avg_pool2d, global_avg_pool, max_pool2d, relu
 from jaxpretrain.models.layers.drop import Dropout, drop_path
 from jaxpretrain.models.layers.ffn import FFN, SwiGLUFFNFused
 from jaxpretrain.models.layers.layer_scale import LayerScale
@@ -25,6 +25,7 @@ __all__ = [
     "BaseModule",
     "BatchNorm",
     "Conv2d",
+    "ConvModule",
     "Dropout",
     "Frozen",
     "LayerNorm",
@@ -39,6 +40,8 @@ __all__ = [
     "build_norm",
     "drop_path",
     "freeze",
+    "global_avg_pool",
     "max_pool2d",
+    "relu",
     "resize_pos_embed",
 ]

@@ -63,8 +63,8 @@ class MultiheadAttention(BaseModule):
         if x.dtype == jnp.float64 or (self.attn_drop.rate and not self.attn_drop.deterministic):
             y = self._attend(q, k, v, rngs)
         else:
-            kernel = "cudnn" if _has_cudnn_kernel(q) else "xla"
-            y = jax.nn.dot_product_attention(q, k, v, scale=self.scale, implementation=kernel)
+            cudnn = _has_cudnn_kernel(q)
+            y = jax.nn.dot_product_attention(q, k, v, scale=self.scale, implementation="cudnn" if cudnn else "xla")
         y = self.proj_drop(self.proj(y.reshape(b, n, c)), rngs=rngs)
         return y if self.gamma1 is None else self.gamma1(y)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
@@ -19,18 +19,24 @@ class Frozen(nnx.Variable):
 
 
 def freeze(module: nnx.Module) -> None:
-    """Turns every `nnx.Param` below `module` into a `Frozen` variable, in place."""
-    for _, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.Module):
-            for name, value in list(vars(node).items()):
-                if isinstance(value, nnx.Param):
-                    setattr(node, name, Frozen(value.get_value()))
+    """Turns every `nnx.Param` below `module` into a `Frozen` variable, in place. Shared ones stay shared."""
+    places = [
+        (node, name, value)
+        for _, node in nnx.iter_modules(module)
+        for name, value in vars(node).items()
+        if isinstance(value, nnx.Param)
+    ]
+    frozen = {id(value): Frozen(value.get_value()) for _, _, value in places}
+    for node, name, value in places:
+        setattr(node, name, frozen[id(value)])
 
 
 def children(module: Any) -> Iterator[BaseModule]:
     """The nearest `BaseModule`s below `module`, looking through lists, dictionaries and sequentials."""
-    if isinstance(module, nnx.List | nnx.Sequential):
-        values: Sequence[Any] = list(module.layers if isinstance(module, nnx.Sequential) else module)
+    if isinstance(module, nnx.List):
+        values = list(module)
+    elif isinstance(module, nnx.Sequential):
+        values = list(module.layers)
     else:
         values = [value for name, value in vars(module).items() if not name.startswith("_pytree")]
     for value in values:

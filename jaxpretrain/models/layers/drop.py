@@ -28,8 +28,8 @@ class Dropout(nnx.Module):
 def drop_path(x: Float[Array, "b ..."], rate: float | Array, rngs: nnx.Rngs | None) -> Float[Array, "b ..."]:
     """Stochastic depth (Huang et al., 2016): drops whole samples of a residual branch with probability `rate`.
 
-    The kept ones are scaled by 1 / (1 - rate), as timm and MMPretrain do. `rate` may be a traced scalar, so that a scan over
-    layers can give each its own; a Python 0.0 costs nothing. Callers skip it in eval mode.
+    The kept ones are scaled by 1 / (1 - rate), as timm and MMPretrain do. `rate` may be a traced scalar, so that a scan
+    over layers can give each its own; a Python 0.0 costs nothing. Callers skip it in eval mode.
     """
     if isinstance(rate, float | int) and rate == 0:
         return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,21 +12,29 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array
 
+from jaxpretrain.build import ConfigError, build, nearest
+
 Initializer = Callable[..., Array]
 
 
 def torch_uniform(fan_in: int) -> Initializer:
     """PyTorch's default for weights and biases of `Linear` and `Conv2d`: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = fan_in**-0.5 if fan_in > 0 else 0.0
-
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    return uniform(-bound, bound)
 
 
-def trunc_normal(std: float = 0.02, mean: float = 0.0, a: float = -2.0, b: float = 2.0) -> Initializer:
-    """PyTorch's `trunc_normal_`: a normal distribution cut at the *absolute* values a and b, not at multiples of std."""
+def uniform(a: float = 0.0, b: float = 1.0) -> Initializer:
+    """The uniform distribution on [a, b)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, a, b)
+
+
+def normal(mean: float = 0.0, std: float = 1.0) -> Initializer:
+    """The normal distribution."""
+    return lambda key, shape, dtype=jnp.float32: mean + std * jax.random.normal(key, shape, dtype)
+
+
+def trunc_normal(std: float = 1.0, mean: float = 0.0, a: float = -2.0, b: float = 2.0) -> Initializer:
+    """PyTorch's `trunc_normal_`: a normal distribution cut at the *absolute* values a and b, not multiples of std."""
 
     def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         return mean + std * jax.random.truncated_normal(key, (a - mean) / std, (b - mean) / std, shape, dtype)
@@ -33,74 +42,110 @@ def trunc_normal(std: float = 0.02, mean: float = 0.0, a: float = -2.0, b: float
     return init
 
 
-def _distribution(cfg: Mapping[str, Any]) -> Initializer:
-    """The initialiser of kernels ([..., in, out]) that an MMEngine dictionary describes."""
-    kind = cfg["type"]
-    if kind == "Xavier":
-        law = {"uniform": initializers.xavier_uniform, "normal": initializers.xavier_normal}
-        base = law[cfg.get("distribution", "normal")]()
-        gain = cfg.get("gain", 1.0)
-        return lambda key, shape, dtype=jnp.float32: gain * base(key, shape, dtype)
-    if kind == "Kaiming":
-        relu = cfg.get("nonlinearity", "relu") == "relu"
-        scale = 2.0 / (1 + cfg.get("a", 0.0) ** 2) if relu else 1.0
-        law = {"uniform": "uniform", "normal": "normal"}[cfg.get("distribution", "normal")]
-        return initializers.variance_scaling(scale, cfg.get("mode", "fan_out"), law)
-    if kind == "Normal":
-        mean, std = cfg.get("mean", 0.0), cfg.get("std", 1.0)
-        return lambda key, shape, dtype=jnp.float32: mean + std * jax.random.normal(key, shape, dtype)
-    if kind == "TruncNormal":
-        return trunc_normal(cfg.get("std", 1.0), cfg.get("mean", 0.0), cfg.get("a", -2.0), cfg.get("b", 2.0))
-    if kind == "Uniform":
-        low, high = cfg.get("a", 0.0), cfg.get("b", 1.0)
-        return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, low, high)
-    if kind == "Constant":
-        return initializers.constant(cfg["val"])
-    raise ValueError(
-        f"init_cfg: unknown type {kind!r}; known are Xavier, Kaiming, Normal, TruncNormal, Uniform and Constant"
-    )
+def xavier(gain: float = 1.0, distribution: str = "normal") -> Initializer:
+    """Glorot & Bengio (2010): variance gain^2 * 2 / (fan_in + fan_out). `distribution`: 'normal' or 'uniform'."""
+    return _variance_scaling(gain**2, "fan_avg", distribution)
 
 
-def _layer_names(module: nnx.Module) -> set[str]:
-    """The names under which `init_cfg` may mean this layer: PyTorch's class names and those of the base classes."""
-    from jaxpretrain.models.layers.conv import Conv2d
-    from jaxpretrain.models.layers.linear import Linear
-    from jaxpretrain.models.layers.norm import BatchNorm, LayerNorm
+def kaiming(
+    a: float = 0.0, mode: str = "fan_out", nonlinearity: str = "relu", distribution: str = "normal"
+) -> Initializer:
+    """He et al. (2015): variance gain^2 / fan, with PyTorch's gains; `a` is the slope of a leaky ReLU.
 
-    names = {cls.__name__ for cls in type(module).__mro__}
-    aliases: dict[type, set[str]] = {
-        BatchNorm: {"_BatchNorm", "BatchNorm1d", "BatchNorm2d", "SyncBatchNorm"},
-        LayerNorm: {"LayerNorm"},
-        Linear: {"Linear"},
-        Conv2d: {"Conv2d"},
-    }
-    for cls, extra in aliases.items():
-        if isinstance(module, cls):
-            names |= extra
-    return names
+    `mode`: 'fan_out' or 'fan_in'; `distribution`: 'normal' or 'uniform'.
+    """
+    squared_gains = {"relu": 2.0, "leaky_relu": 2 / (1 + a**2), "tanh": 25 / 9, "selu": 9 / 16}
+    squared_gains |= dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "sigmoid"), 1.0)
+    if nonlinearity not in squared_gains:
+        raise ConfigError(f"init_cfg: unknown nonlinearity {nonlinearity!r}.{nearest(nonlinearity, squared_gains)}")
+    if mode not in ("fan_in", "fan_out"):
+        raise ConfigError(f"init_cfg: mode is 'fan_in' or 'fan_out', not {mode!r}")
+    return _variance_scaling(squared_gains[nonlinearity], mode, distribution)
+
+
+def caffe2_xavier() -> Initializer:
+    """Caffe2's XavierFill: U with variance 1 / fan_in."""
+    return kaiming(a=1.0, mode="fan_in", nonlinearity="leaky_relu", distribution="uniform")
+
+
+def constant(val: float) -> Initializer:
+    """`val` everywhere."""
+    return initializers.constant(val)
+
+
+def _variance_scaling(scale: float, mode: Any, distribution: Any) -> Initializer:
+    if distribution not in ("normal", "uniform"):
+        raise ConfigError(f"init_cfg: distribution is 'normal' or 'uniform', not {distribution!r}")
+    return initializers.variance_scaling(scale, mode, distribution)
+
+
+_INITIALIZERS: dict[str, Callable[..., Initializer]] = {
+    "Caffe2Xavier": caffe2_xavier,
+    "Constant": constant,
+    "Kaiming": kaiming,
+    "Normal": normal,
+    "TruncNormal": trunc_normal,
+    "Uniform": uniform,
+    "Xavier": xavier,
+}
 
 
 def apply_init_cfg(module: nnx.Module, init_cfg: Any, rngs: nnx.Rngs) -> None:
     """Applies one MMEngine initialisation dictionary, or a list of them, to the matching layers below `module`.
 
-    Kernels and scales get the distribution, biases the constant `bias` (default 0). Raises ValueError for an unknown
-    type, and for `Pretrained`, which is not an initialisation here: load weights with `config.load_from` instead.
+    Keys of a dictionary: `type` (Constant, Normal, TruncNormal, Uniform, Xavier, Kaiming, Caffe2Xavier) and its own
+    arguments; `layer`, the class names it is meant for (none: no layer); `bias` (default 0) or `bias_prob` for biases;
+    `override`, one or several dictionaries with the `name` of an attribute below which every layer is initialised anew,
+    by their own `type` or by the same one. Kernels and scales get the distribution, biases the constant.
+
+    Raises:
+        ConfigError: an unknown type, argument or name; and `Pretrained`, which is not an initialisation here.
     """
     if not init_cfg:
         return
-    for cfg in [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg:
-        if cfg["type"] == "Pretrained":
-            raise ValueError("init_cfg=dict(type='Pretrained') is not supported: load the weights after building instead")
-        wanted = cfg.get("layer")
-        wanted = {wanted} if isinstance(wanted, str) else set(wanted or ())
-        init = _distribution(cfg)
-        for _, node in nnx.iter_graph(module):
-            if not isinstance(node, nnx.Module) or not (_layer_names(node) & wanted):
-                continue
-            for name in ("kernel", "scale"):
-                variable = getattr(node, name, None)
-                if isinstance(variable, nnx.Variable):
-                    variable.set_value(init(rngs.params(), variable.shape, variable.dtype))
-            bias = getattr(node, "bias", None)
-            if isinstance(bias, nnx.Variable):
-                bias.set_value(jnp.full(bias.shape, cfg.get("bias", 0.0), bias.dtype))
+    for cfg in _as_list(init_cfg):
+        rule = dict(cfg)
+        overrides = _as_list(rule.pop("override", None) or [])
+        layers = {rule["layer"]} if isinstance(rule.get("layer"), str) else set(rule.get("layer") or ())
+        _fill((node for node in _modules(module) if _names(node) & layers), rule, rngs)
+        for override in map(dict, overrides):
+            name = override.pop("name", None)
+            part = getattr(module, name, None) if isinstance(name, str) else None
+            if part is None:
+                raise ConfigError(f"init_cfg: override names no part of {type(module).__name__}: {name!r}")
+            _fill(_modules(part), override or rule, rngs)
+
+
+def _as_list(cfg: Any) -> list:
+    return list(cfg) if isinstance(cfg, list | tuple) else [cfg]
+
+
+def _modules(module: nnx.Module) -> list[nnx.Module]:
+    return [node for _, node in nnx.iter_modules(module)]
+
+
+def _names(module: nnx.Module) -> set[str]:
+    """The names under which `init_cfg` may mean this layer: its classes' and PyTorch's (`torch_names`)."""
+    return {cls.__name__ for cls in type(module).__mro__} | set(getattr(module, "torch_names", ()))
+
+
+def _fill(modules: Any, rule: Mapping[str, Any], rngs: nnx.Rngs) -> None:
+    """Writes kernels, scales and biases of `modules` by a rule without `override`."""
+    args = {key: value for key, value in rule.items() if key not in ("type", "layer", "bias", "bias_prob")}
+    kind = rule.get("type")
+    if kind == "Pretrained":
+        raise ConfigError("init_cfg=dict(type='Pretrained') initialises nothing here: load the weights after building")
+    if kind not in _INITIALIZERS:
+        raise ConfigError(f"init_cfg: unknown type {kind!r}.{nearest(str(kind), _INITIALIZERS)}")
+    init = build({"type": _INITIALIZERS[kind], **args})
+    bias_value = rule.get("bias", 0.0)
+    if rule.get("bias_prob") is not None:  # the logit of a prior probability (focal loss)
+        bias_value = -math.log((1 - rule["bias_prob"]) / rule["bias_prob"])
+    for node in modules:
+        for name in ("kernel", "scale", "weight"):
+            variable = getattr(node, name, None)
+            if isinstance(variable, nnx.Variable):
+                variable.set_value(init(rngs.params(), variable.shape, variable.dtype))
+        bias = getattr(node, "bias", None)
+        if isinstance(bias, nnx.Variable):
+            bias.set_value(jnp.full(bias.shape, bias_value, bias.dtype))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxpretrain.models.layers.base import Frozen
+from jaxpretrain.build import ConfigError, build, nearest
+from jaxpretrain.models.layers.base import freeze
 
 
 class LayerNorm(nnx.Module):
@@ -18,8 +20,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, *, rngs: nnx.Rngs | None = None):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((num_features,))) if affine else None
-        self.bias = nnx.Param(jnp.zeros((num_features,))) if affine else None
+        self.scale = nnx.Param(jnp.ones((num_features,), jnp.float32)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((num_features,), jnp.float32)) if affine else None
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -34,10 +36,10 @@ class LayerNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """Batch normalisation over all axes but the last (Ioffe & Szegedy, 2015), with PyTorch's conventions.
 
-    In training, the batch is cut into `groups` equal parts, in order, and each is normalised by its own statistics; this
-    is what N unsynchronised GPUs do, but it does not depend on the devices at hand. One group is SyncBN. The running
-    statistics move by `momentum` towards the mean over groups of each group's mean and *unbiased* variance: what PyTorch
-    holds when each group's buffers are averaged (MMEngine's SyncBuffersHook).
+    In training, the batch is cut into `groups` equal parts, in order, and each is normalised by its own statistics;
+    this is what N unsynchronised GPUs do, but it does not depend on the devices at hand. One group is SyncBN. The
+    running statistics move by `momentum` towards the mean over groups of each group's mean and *unbiased* variance:
+    what PyTorch holds when each group's buffers are averaged (MMEngine's SyncBuffersHook).
 
     Args:
         num_features: size of the last axis.
@@ -46,7 +48,12 @@ class BatchNorm(nnx.Module):
         affine: whether to learn scale and bias.
         groups: number of parts of the batch normalised apart; the batch must be divisible by it.
         norm_eval: always use the running statistics, and never change them (MMPretrain's `norm_eval`).
+
+    Raises:
+        ConfigError: in training, when the batch is not divisible, or a group has one value per channel only.
     """
+
+    torch_names: ClassVar = ("_BatchNorm", "BatchNorm1d", "BatchNorm2d", "SyncBatchNorm")  # in `init_cfg`
 
     def __init__(
         self,
@@ -59,18 +66,20 @@ class BatchNorm(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ):
+        if groups < 1:
+            raise ConfigError(f"BatchNorm: groups must be 1 or more, not {groups}")
         self.eps, self.momentum, self.groups, self.norm_eval = eps, momentum, groups, norm_eval
         self.use_running_average = False
-        self.scale = nnx.Param(jnp.ones((num_features,))) if affine else None
-        self.bias = nnx.Param(jnp.zeros((num_features,))) if affine else None
-        self.mean = nnx.BatchStat(jnp.zeros((num_features,)))
-        self.var = nnx.BatchStat(jnp.ones((num_features,)))
+        self.scale = nnx.Param(jnp.ones((num_features,), jnp.float32)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((num_features,), jnp.float32)) if affine else None
+        self.mean = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.float32))
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def __call__(self, x: Float[Array, "b *spatial c"]) -> Float[Array, "b *spatial c"]:
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.use_running_average or self.norm_eval:
-            y = (y - self.mean[...]) * lax.rsqrt(self.var[...] + self.eps)
+            y = (y - self.mean[...]) * lax.rsqrt(self.var[...].astype(y.dtype) + self.eps)
         else:
             y = self._normalise_by_batch(y)
         if self.scale is not None and self.bias is not None:
@@ -78,18 +87,26 @@ class BatchNorm(nnx.Module):
         return y.astype(x.dtype)
 
     def _normalise_by_batch(self, x: Array) -> Array:
-        if x.shape[0] % self.groups:
-            raise ValueError(
-                f"BatchNorm: a batch of {x.shape[0]} cannot be cut into {self.groups} equal groups; "
-                "make the batch size (per micro-batch and view) a multiple of norm_cfg.groups, or change norm_cfg.groups"
+        batch, groups = x.shape[0], self.groups
+        if batch % groups:
+            raise ConfigError(
+                f"BatchNorm: a batch of {batch} cannot be cut into {groups} equal groups; "
+                "make the batch size (per micro-batch and view) a multiple of norm_cfg.groups, or change the latter"
             )
-        y = x.reshape(self.groups, x.shape[0] // self.groups, *x.shape[1:])
-        axes = tuple(range(1, y.ndim - 1))
+        count = batch // groups * math.prod(x.shape[1:-1])
+        if count == 1:
+            raise ConfigError(
+                f"BatchNorm: a batch of {batch} in {groups} groups leaves each one value per channel, which has no "
+                "variance; use a larger batch, or fewer norm_cfg.groups"
+            )
+        # A leading axis of size 1 would make XLA:CPU reduce [batch, channels] along the slow axis (5x slower backward).
+        y = x if groups == 1 else x.reshape(groups, batch // groups, *x.shape[1:])
+        axes = tuple(range(0 if groups == 1 else 1, y.ndim - 1))
+        # Two passes: E[x^2] - E[x]^2 in one pass loses all digits where the mean is large against the deviation.
         mean = jnp.mean(y, axis=axes, keepdims=True)
         y = y - mean
         var = jnp.mean(jnp.square(y), axis=axes, keepdims=True)
-        count = y.size // (self.groups * y.shape[-1])
-        self._update_running(mean.reshape(self.groups, -1), var.reshape(self.groups, -1) * (count / max(count - 1, 1)))
+        self._update_running(mean.reshape(groups, -1), var.reshape(groups, -1) * (count / (count - 1)))
         return (y * lax.rsqrt(var + self.eps)).reshape(x.shape)
 
     def _update_running(self, mean: Float[Array, "g c"], var: Float[Array, "g c"]) -> None:
@@ -99,6 +116,16 @@ class BatchNorm(nnx.Module):
         self.num_batches_tracked[...] += 1
 
 
+_NORMS: dict[str, type] = {
+    "BN": BatchNorm,
+    "BN1d": BatchNorm,
+    "BN2d": BatchNorm,
+    "SyncBN": BatchNorm,
+    "LN": LayerNorm,
+    "LN2d": LayerNorm,  # PyTorch needs another class for NCHW
+}
+
+
 def build_norm(
     cfg: Mapping[str, Any], num_features: int, *, norm_eval: bool = False, rngs: nnx.Rngs
 ) -> LayerNorm | BatchNorm:
@@ -106,16 +133,19 @@ def build_norm(
 
     Types: `BN`, `SyncBN` (BN with one group), `LN`. Other keys are the layer's arguments; `requires_grad=False` freezes
     scale and bias. BN takes `groups`, the number of parts of the batch that are normalised apart (default 1).
+
+    Raises:
+        ConfigError: an unknown type or argument, naming the nearest valid one; SyncBN with groups.
     """
     args = dict(cfg)
-    kind, requires_grad = args.pop("type"), args.pop("requires_grad", True)
-    layer: LayerNorm | BatchNorm
-    if kind == "LN":
-        layer = LayerNorm(num_features, **{"eps": 1e-5, **args})
-    elif kind in ("BN", "BN1d", "BN2d", "SyncBN"):
-        layer = BatchNorm(num_features, norm_eval=norm_eval, **args)
-    else:
-        raise ValueError(f"norm_cfg: unknown type {kind!r}; known are BN, SyncBN and LN")
-    if not requires_grad and layer.scale is not None and layer.bias is not None:
-        layer.scale, layer.bias = Frozen(layer.scale.get_value()), Frozen(layer.bias.get_value())
+    kind, requires_grad = args.pop("type", None), args.pop("requires_grad", True)
+    if kind not in _NORMS:
+        raise ConfigError(f"norm_cfg: unknown type {kind!r}.{nearest(str(kind), _NORMS)}")
+    if kind == "SyncBN" and args.get("groups", 1) != 1:
+        raise ConfigError("norm_cfg: SyncBN normalises the whole batch at once; use type 'BN' with groups")
+    if _NORMS[kind] is BatchNorm:
+        args["norm_eval"] = norm_eval
+    layer = build({"type": _NORMS[kind], "num_features": num_features, "rngs": rngs, **args})
+    if not requires_grad:
+        freeze(layer)
     return layer

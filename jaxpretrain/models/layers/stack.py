@@ -23,7 +23,7 @@ _POLICIES: dict[str, Any] = {
 
 
 def apply_layers(
-    layers: Sequence[nnx.Module],
+    layers: Sequence[Any],
     x: Float[Array, "b ..."],
     *,
     rngs: nnx.Rngs | None = None,
@@ -53,18 +53,20 @@ def apply_layers(
         raise ConfigError(f"remat: unknown policy {remat!r}.{nearest(remat, _POLICIES)}")
     layers = list(layers)
     keys = None if rngs is None else jax.random.split(rngs.dropout(), len(layers))
+    own = [layer.drop_path_rate for layer in layers]
+    # Arrays in every form, unless all are zero: a layer of rate zero then draws as the others do, scanned or not.
+    rates = jnp.asarray(own, jnp.float32) if any(own) else None
     outputs = {}
     for run in _alike_runs(layers, out_indices) if scan_layers else [[i] for i in range(len(layers))]:
-        if len(run) > 1:
-            x = _scan(layers[run[0] : run[-1] + 1], x, None if keys is None else keys[run[0] : run[-1] + 1], remat)
-        else:
-            x = _apply_one(layers[run[0]], x, None if keys is None else keys[run[0]], remat)
+        span = slice(run[0], run[-1] + 1) if len(run) > 1 else run[0]
+        key, rate = None if keys is None else keys[span], None if rates is None else rates[span]
+        x = (_scan if len(run) > 1 else _apply_one)(layers[span], x, key, rate, remat)
         if run[-1] in out_indices:
             outputs[run[-1]] = x
     return x, outputs
 
 
-def _alike_runs(layers: Sequence[nnx.Module], out_indices: Collection[int]) -> list[list[int]]:
+def _alike_runs(layers: Sequence[Any], out_indices: Collection[int]) -> list[list[int]]:
     """The indices of the layers in runs that one scan can do: alike, and no output wanted but the last one's."""
     kinds = [_split(layer)[0] for layer in layers]
 
@@ -74,41 +76,39 @@ def _alike_runs(layers: Sequence[nnx.Module], out_indices: Collection[int]) -> l
     return [list(run) for _, run in itertools.groupby(range(len(layers)), key=run_of)]
 
 
-def _split(layer: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+def _split(layer: Any) -> tuple[nnx.GraphDef, list[dict]]:
     """A layer's structure, which is equal for alike layers, and its weights."""
     twin = nnx.clone(layer)  # so that the layer itself keeps its rate
     twin.drop_path_rate = 0.0
-    graphdef, trained, frozen = nnx.split(twin, nnx.Param, Frozen)
-    return graphdef, {"trained": nnx.to_pure_dict(trained), "frozen": nnx.to_pure_dict(frozen)}
+    graphdef, *states, other = nnx.split(twin, nnx.Param, Frozen, ...)
+    if other:
+        name = type(layer).__name__
+        raise ConfigError(f"{name} has running statistics, so it cannot be scanned or rematerialised: {list(other)}")
+    return graphdef, [nnx.to_pure_dict(state) for state in states]
 
 
-def _call(graphdef: nnx.GraphDef, weights: dict, x: Array, key: Array | None, rate: float | Array) -> Array:
-    layer = nnx.merge(graphdef, weights["trained"], weights["frozen"])
-    return layer(x, rngs=None if key is None else nnx.Rngs(dropout=key), drop_path_rate=rate)
+def _call(layer: Any, x: Array, key: Array | None, rate: Array | None) -> Array:
+    return layer(x, rngs=None if key is None else nnx.Rngs(dropout=key), drop_path_rate=0.0 if rate is None else rate)
 
 
-def _apply_one(layer: nnx.Module, x: Array, key: Array | None, remat: str) -> Array:
-    rate = layer.drop_path_rate
+def _apply_one(layer: Any, x: Array, key: Array | None, rate: Array | None, remat: str) -> Array:
     if remat == "none":
-        return layer(x, rngs=None if key is None else nnx.Rngs(dropout=key), drop_path_rate=rate)
+        return _call(layer, x, key, rate)
     graphdef, weights = _split(layer)
 
-    def body(weights: dict, x: Array, key: Array | None) -> Array:
-        return _call(graphdef, weights, x, key, rate)
+    def body(weights: list[dict], x: Array, key: Array | None, rate: Array | None) -> Array:
+        return _call(nnx.merge(graphdef, *weights), x, key, rate)
 
-    return jax.checkpoint(body, policy=_POLICIES[remat])(weights, x, key)
+    return jax.checkpoint(body, policy=_POLICIES[remat])(weights, x, key, rate)
 
 
-def _scan(layers: Sequence[nnx.Module], x: Array, keys: Array | None, remat: str) -> Array:
+def _scan(layers: Sequence[Any], x: Array, keys: Array | None, rates: Array | None, remat: str) -> Array:
     graphdef = _split(layers[0])[0]
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[_split(layer)[1] for layer in layers])
-    # Rates that are all zero stay a Python number, which drops nothing and costs nothing.
-    rates = jnp.asarray([layer.drop_path_rate for layer in layers], jnp.float32)
-    rates = rates if any(layer.drop_path_rate for layer in layers) else None
 
     def body(x: Array, per_layer: tuple) -> tuple[Array, None]:
         weights, key, rate = per_layer
-        return _call(graphdef, weights, x, key, 0.0 if rate is None else rate), None
+        return _call(nnx.merge(graphdef, *weights), x, key, rate), None
 
     if remat != "none":  # a scan's iterations cannot be merged by common-subexpression elimination
         body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)

@@ -1,0 +1,184 @@
+"""The unit of work of the loaders: at most `CHUNK` samples of one batch of one host, a pure function of its number.
+
+So neither the number of workers, nor where a run was interrupted, changes a pixel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import multiprocessing
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxpretrain.build import ConfigError
+from jaxpretrain.data.decode import BadImage, as_rgb
+from jaxpretrain.data.transforms import Pipeline
+
+# Samples: large enough to hide the cost of handing over (about 1 ms between processes), small enough to share out.
+CHUNK = 32
+SUBSTITUTES = 100  # candidates tried in place of a bad image; all bad means that nearly everything is
+ORDER, SAMPLE, SUBSTITUTE = 1, 2, 3  # what a random stream is for: keeps (seed, epoch) and (seed, epoch, index) apart
+
+Image = Any  # uint8 [H,W,3], or a tuple of such views
+
+
+@dataclasses.dataclass
+class Rows:
+    """What a chunk says about its samples: their rows in the batch of this host, and their numbers."""
+
+    row: list[int] = dataclasses.field(default_factory=list)
+    label: list[int] = dataclasses.field(default_factory=list)
+    index: list[int] = dataclasses.field(default_factory=list)
+    epoch: list[int] = dataclasses.field(default_factory=list)
+    bad: list[tuple[int, str]] = dataclasses.field(default_factory=list)  # (index, reason)
+    error: BaseException | None = None
+
+
+class Reader:
+    """Reads, decodes and transforms single samples."""
+
+    def __init__(self, source: Any, transform: Pipeline, seed: int):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def read(self, epoch: int, index: int) -> tuple[Any, int]:
+        """(image or views, label) of sample `index` as it looks in this epoch. Raises BadImage."""
+        try:
+            sample = self.source[index]
+        except OSError as error:
+            raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+        sample = {**sample, "image": as_rgb(sample["image"]), "index": index, "epoch": epoch}
+        sample = self.transform(sample, generator(SAMPLE, self.seed, epoch, index))
+        return sample["image"], int(sample.get("label", -1))
+
+    def candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """`index`, then what replaces it should it be bad, and so on."""
+        yield index
+        rng = generator(SUBSTITUTE, self.seed, epoch, index)
+        for _ in range(SUBSTITUTES):
+            yield int(rng.integers(len(self.source)))
+
+
+class Chunks:
+    """Computes chunk `number`. `plan(number)` lists its samples as (row, epoch, index)."""
+
+    def __init__(self, reader: Reader, plan: Callable[[int], list[tuple[int, int, int]]], replace: bool):
+        self.reader, self.plan, self.replace = reader, plan, replace
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        rows, images = Rows(), []
+        try:
+            for row, epoch, index in self.plan(int(number)):
+                for candidate in self.reader.candidates(epoch, index):
+                    try:
+                        image, label = self.reader.read(epoch, candidate)
+                    except BadImage as reason:
+                        rows.bad.append((candidate, str(reason)))
+                        if self.replace:
+                            continue
+                        break
+                    images.append(image)
+                    for column, value in zip(
+                        (rows.row, rows.label, rows.index, rows.epoch), (row, label, candidate, epoch), strict=True
+                    ):
+                        column.append(value)
+                    break
+            stacked = _stack(images) if images else None
+        except Exception as error:
+            rows.error, stacked = _portable(error), None
+        return {"rows": rows, "image": stacked}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """Epoch after epoch of permutations; host p has rows p*b..(p+1)*b of each global batch."""
+
+    length: int
+    seed: int
+    batch_size: int
+    local: int
+    process_index: int
+    chunk: int
+
+    def __call__(self, number: int) -> list[tuple[int, int, int]]:
+        step, part = divmod(number, -(-self.local // self.chunk))
+        epoch, step = divmod(step, self.length // self.batch_size)
+        rows = range(part * self.chunk, min((part + 1) * self.chunk, self.local))
+        start = step * self.batch_size + self.process_index * self.local
+        order = permutation(self.seed, epoch, self.length)
+        return [(row, epoch, int(order[start + row])) for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPlan:
+    """The samples in order, once; host p has rows p*b..(p+1)*b of each global batch, the last may lack some."""
+
+    indices: Int[np.ndarray, " n"]
+    batch_size: int
+    local: int
+    process_index: int
+    chunk: int
+
+    def __call__(self, number: int) -> list[tuple[int, int, int]]:
+        step, part = divmod(number, -(-self.local // self.chunk))
+        start = step * self.batch_size + self.process_index * self.local
+        rows = range(part * self.chunk, min((part + 1) * self.chunk, self.local, len(self.indices) - start))
+        return [(row, 0, int(self.indices[start + row])) for row in rows]
+
+
+_permutation_lock = threading.Lock()
+
+
+def permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
+    """The order of epoch `epoch`: a permutation of 0..length-1, int32 or int64."""
+    with _permutation_lock:  # threads that enter an epoch together compute it once
+        return _permutation(seed, epoch, length)
+
+
+@functools.lru_cache(maxsize=3)  # two epochs are in use around their border
+def _permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
+    order = np.arange(length, dtype=np.int32 if length < 2**31 else np.int64)
+    generator(ORDER, seed, epoch, 0).shuffle(order)
+    order.flags.writeable = False
+    return order
+
+
+def generator(purpose: int, seed: int, epoch: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, index, purpose])))
+
+
+def _stack(images: list[Any]) -> Any:
+    """Images of the same shape as one array; tuples of views as a tuple of arrays."""
+    if isinstance(images[0], tuple):
+        return tuple(_stack(list(views)) for views in zip(*images, strict=True))
+    shapes = {np.shape(image) for image in images}
+    if len(shapes) > 1:
+        refuse_shapes(*sorted(shapes)[:2])
+    return np.stack(images)
+
+
+def refuse_shapes(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    raise ConfigError(
+        f"the images of a batch differ in shape, {list(one)} and {list(other)}: end the pipeline with a transform that "
+        "gives one "
+        f"size, such as RandomResizedCrop, CenterCrop or Resize"
+    )
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception in a form that crosses from a worker process: its traceback as a note, and able to be pickled."""
+    if multiprocessing.parent_process() is None:
+        return error
+    note = "".join(traceback.format_exception(error))
+    try:
+        error = pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception with its own arguments may pickle badly
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"In a worker process:\n{note}")
+    return error

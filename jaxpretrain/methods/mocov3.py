@@ -1,0 +1,211 @@
+"""MoCo v3 (Chen, Xie & He, 2021, An Empirical Study of Training Self-Supervised Vision Transformers)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.nn import initializers
+from jaxtyping import Array, Float
+
+from jaxpretrain.build import build
+from jaxpretrain.methods.base import Batch, Method, Metrics, Progress, last, normalize, pool, views
+from jaxpretrain.models.layers import BaseModule, Frozen, Linear, freeze
+from jaxpretrain.models.layers.position import build_2d_sincos_position_embedding
+from jaxpretrain.models.vision_transformer import VisionTransformer
+from jaxpretrain.optim.ema import cosine_ema_momentum
+
+
+class MoCoV3ViT(VisionTransformer):
+    """The Vision Transformer of MoCo v3: fixed sin-cos positions, and a patch embedding that need not learn.
+
+    Args:
+        stop_grad_conv1: freezes the patch embedding at its random start, which makes training stable (section 4.2).
+        frozen_stages: how many first layers do not learn, with all that is before them; -1 for none.
+        norm_eval: accepted for MMPretrain's configs; there is no BatchNorm here.
+        init_cfg: initialisation besides the paper's own (see `init_weights`).
+        kwargs: arguments of `VisionTransformer`.
+    """
+
+    def __init__(
+        self,
+        stop_grad_conv1: bool = False,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        init_cfg: Any = None,
+        *,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
+        super().__init__(frozen_stages=frozen_stages, init_cfg=init_cfg, rngs=rngs, **kwargs)
+        self.pos_embed = Frozen(self._positions())
+        if stop_grad_conv1:
+            freeze(self.patch_embed)
+
+    def _positions(self) -> Float[Array, "1 n c"]:
+        cls_token = self.cls_token is not None
+        return build_2d_sincos_position_embedding(self.patch_resolution, self.embed_dims, cls_token=cls_token)
+
+    def init_weights(self, rngs: nnx.Rngs) -> None:
+        """Glorot-uniform matrices, where queries, keys and values count as three and the patch embedding as one of
+        [pixels, channels]; biases of 0; a class token of N(0, 1e-6)."""
+        super().init_weights(rngs)
+        self.pos_embed.set_value(self._positions())
+        glorot = initializers.xavier_uniform()
+        for path, layer in nnx.iter_graph(self):
+            if isinstance(layer, Linear):
+                n_in, n_out = layer.kernel.shape
+                parts = 3 if path[-1] == "qkv" else 1
+                keys = jax.random.split(rngs.params(), parts)
+                kernels = [glorot(key, (n_in, n_out // parts), layer.kernel.dtype) for key in keys]
+                layer.kernel.set_value(jnp.concatenate(kernels, axis=1))
+                if layer.bias is not None:
+                    layer.bias.set_value(jnp.zeros(layer.bias.shape, layer.bias.dtype))
+        projection = self.patch_embed.projection
+        shape = projection.kernel.shape
+        projection.kernel.set_value(glorot(rngs.params(), (math.prod(shape[:-1]), shape[-1])).reshape(shape))
+        if projection.bias is not None:
+            projection.bias.set_value(jnp.zeros(projection.bias.shape))
+        if self.cls_token is not None:
+            self.cls_token.set_value(1e-6 * jax.random.normal(rngs.params(), self.cls_token.shape))
+
+
+class MoCoV3Head(BaseModule):
+    """Predicts the momentum encoder's output for the same image among those for the whole batch.
+
+    Args:
+        predictor: the network on top of the online projection; a dictionary with `type`, or a module.
+        loss: the classification loss. The paper's factor 2 * temperature is its `loss_weight`, as in MMPretrain.
+        temperature: divides the cosines.
+    """
+
+    def __init__(
+        self,
+        predictor: Mapping[str, Any] | nnx.Module,
+        loss: Mapping[str, Any] | nnx.Module,
+        temperature: float = 1.0,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.predictor = build(predictor, rngs=rngs)
+        self.loss_module, self.temperature = build(loss), temperature
+
+    def loss(self, base_out: Float[Array, "b d"], momentum_out: Float[Array, "b d"]) -> Float[Array, ""]:
+        """The loss of online projections against targets, through which no gradient passes."""
+        query = normalize(self.predictor(base_out))
+        key = lax.stop_gradient(normalize(momentum_out))
+        return self.loss_module(query @ key.T / self.temperature, jnp.arange(len(query)))
+
+
+class MomentumEncoder(BaseModule):
+    """A copy of networks that follows their weights, and never learns itself.
+
+    Attributes:
+        module: the copies, all their weights `Frozen`.
+        steps: updates so far, int32; part of MMPretrain's checkpoints.
+    """
+
+    def __init__(self, *networks: nnx.Module):
+        self.module = nnx.List([nnx.clone(network) for network in networks])
+        freeze(self.module)
+        self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x: Any, *, rngs: nnx.Rngs | None = None) -> Any:
+        """The first network takes images and `rngs`, each further one the output of that before it."""
+        x = self.module[0](x, rngs=rngs)
+        for network in self.module[1:]:
+            x = network(x)
+        return x
+
+    def init_weights(self, rngs: nnx.Rngs) -> None:
+        """Nothing: its owner copies the initialised weights."""
+
+    def copy(self, *networks: nnx.Module) -> None:
+        """Takes over all weights and statistics of `networks`."""
+        for ours, theirs in self._pairs(networks, ...):
+            ours.set_value(theirs[...])
+
+    def follow(self, *networks: nnx.Module, momentum: Float[Array, ""] | float) -> None:
+        """weights += momentum * (those of `networks` - weights)."""
+        for ours, theirs in self._pairs(networks, (nnx.Param, Frozen)):
+            # In this form, weights that are equal (position tables) stay so to the last bit.
+            step = jnp.asarray(momentum, ours.dtype) * (theirs[...] - ours[...])
+            ours.set_value(ours[...] + step)
+
+    def copy_statistics(self, *networks: nnx.Module) -> None:
+        """Takes over the running statistics of `networks`."""
+        for ours, theirs in self._pairs(networks, nnx.BatchStat):
+            ours.set_value(theirs[...])
+
+    def _pairs(self, networks: tuple, kinds: Any) -> Iterator[tuple[nnx.Variable, nnx.Variable]]:
+        for copy, network in zip(self.module, networks, strict=True):
+            source = dict(nnx.state(network, kinds).flat_state())
+            for path, ours in nnx.state(copy, kinds).flat_state():
+                yield ours, source[path]
+
+
+class MoCoV3(Method):
+    """Each view's prediction shall find the other view's target in the global batch (algorithm 1 of the paper).
+
+    Targets come from a momentum encoder of backbone and neck. After optimizer step s of S, its weights move towards the
+    online ones by the momentum base / 2 * (1 + cos(pi s / S)), which falls from base to 0. Its BatchNorms normalise by
+    their own batch; their running statistics start from the online ones in each forward pass, as in MMPretrain.
+
+    Args:
+        backbone: gives a tuple of feature maps or class tokens; a dictionary with `type`, or a module.
+        neck: the projector.
+        head: predictor and loss, `MoCoV3Head`.
+        base_momentum: how far the momentum encoder moves at the start (the paper's m is 1 minus this).
+        pretrained, data_preprocessor: accepted for MMPretrain's configs, and not used.
+        init_cfg: initialisation, MMEngine's dictionaries.
+    """
+
+    def __init__(
+        self,
+        backbone: Mapping[str, Any] | nnx.Module,
+        neck: Mapping[str, Any] | nnx.Module,
+        head: Mapping[str, Any] | nnx.Module,
+        base_momentum: float = 0.01,
+        pretrained: None = None,
+        data_preprocessor: Any = None,
+        init_cfg: Any = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.init_cfg, self.base_momentum = init_cfg, base_momentum
+        self.backbone = build(backbone, rngs=rngs)
+        self.neck = build(neck, rngs=rngs)
+        self.head = build(head, rngs=rngs)
+        self.momentum_encoder = MomentumEncoder(self.backbone, self.neck)
+
+    def init_weights(self, rngs: nnx.Rngs) -> None:
+        """Initialises the online networks; the momentum encoder starts as their copy."""
+        super().init_weights(rngs)
+        self.reset_teacher()
+
+    def reset_teacher(self) -> None:
+        """Makes the momentum encoder a copy of the online networks: after their weights were loaded from elsewhere."""
+        self.momentum_encoder.copy(self.backbone, self.neck)
+
+    def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
+        """The sum of both directions' losses; `image` is two views [B, H, W, 3]. Logs nothing more."""
+        first, second = views(batch, 2)
+        q1, q2 = (last(self.neck(self.backbone(view, rngs=rngs))) for view in (first, second))
+        self.momentum_encoder.copy_statistics(self.backbone, self.neck)
+        k1, k2 = (last(self.momentum_encoder(view, rngs=rngs)) for view in (first, second))
+        return self.head.loss(q1, k2) + self.head.loss(q2, k1), {}
+
+    def after_step(self, progress: Progress) -> None:
+        """Moves the momentum encoder."""
+        momentum = cosine_ema_momentum(progress.step, self.base_momentum, 0.0, progress.total_steps)
+        self.momentum_encoder.follow(self.backbone, self.neck, momentum=momentum)
+        self.momentum_encoder.steps.set_value(jnp.asarray(progress.step, jnp.int32))
+
+    def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """The online backbone's class token (ViT), or last feature map averaged over positions (ResNet)."""
+        return pool(self.backbone(images))

@@ -1,0 +1,194 @@
+"""Parameter groups against MMEngine's constructor, on the reference's parameter names mapped to ours."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxpretrain.build import ConfigError, build
+from jaxpretrain.models.layers.norm import BatchNorm, LayerNorm
+from jaxpretrain.optim import param_groups
+from tests.parity import GOLDEN, load_golden, our_name
+
+RECIPES = sorted(Path(file).name.removesuffix(".json.gz") for file in (GOLDEN / "param_groups").iterdir())
+
+
+def our_path(name: str, shape: list[int]) -> str:
+    """'backbone.ln1.weight' -> 'backbone/ln1/scale'; here every one-dimensional weight is a norm's."""
+    name = our_name(name)
+    if name.endswith(".weight"):
+        name = name.removesuffix("weight") + ("scale" if len(shape) == 1 else "kernel")
+    return name.replace(".", "/")
+
+
+def tree(**shapes):
+    """Nested parameters from paths written with '__'."""
+    flat = {tuple(path.split("__")): jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    return unflatten_dict(flat)
+
+
+def decays(params, **cfg):
+    return {"/".join(path): value for path, value in flatten_dict(param_groups(params, cfg).decay_mult).items()}
+
+
+def test_all_recipes_are_there():
+    assert len(RECIPES) == 7
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("separator", [".", "/"])
+def test_recipe(recipe, separator):
+    golden = load_golden(f"param_groups/{recipe}")
+    cfg = dict(golden["paramwise_cfg"] or {})
+    if "custom_keys" in cfg:
+        cfg["custom_keys"] = {key.replace(".", separator): value for key, value in cfg["custom_keys"].items()}
+    rows = {our_path(name, shape): (shape, *rest) for name, shape, *rest in golden["params"]}
+    assert len(rows) == len(golden["params"])
+    groups = param_groups(
+        unflatten_dict({path: jax.ShapeDtypeStruct(row[0], jnp.float32) for path, row in rows.items()}, sep="/"), cfg
+    )
+    lr, decay, excluded = (
+        flatten_dict(part, sep="/") for part in (groups.lr_mult, groups.decay_mult, groups.lars_exclude)
+    )
+    checked = 0
+    for path, (_, lr_mult, weight_decay, lars_exclude, flags) in rows.items():
+        if "not_in_optimizer" in flags:  # frozen, so not among our trained parameters
+            continue
+        assert lr[path] == lr_mult, path
+        assert decay[path] * golden["optimizer"]["weight_decay"] == pytest.approx(weight_decay, rel=1e-9), path
+        assert excluded[path] is lars_exclude, path
+        checked += 1
+    assert checked > 60
+
+
+def test_no_configuration_changes_nothing():
+    groups = param_groups(tree(a__kernel=(2, 3), a__bias=(3,)))
+    assert jax.tree.leaves((groups.lr_mult, groups.decay_mult)) == [1.0] * 4
+    assert jax.tree.leaves(groups.lars_exclude) == [False] * 2
+
+
+def test_lists_have_integer_keys():
+    params = {"layers": {i: {"ln": {"scale": jnp.ones(2)}} for i in range(11)}}
+    groups = param_groups(params, dict(custom_keys={"layers.10.": dict(lr_mult=0.5)}))
+    assert [groups.lr_mult["layers"][i]["ln"]["scale"] for i in range(11)] == [1.0] * 10 + [0.5]
+
+
+def test_the_longest_key_wins_then_the_alphabet():
+    params = tree(backbone__ln1__scale=(2,), backbone__ln1__bias=(2,), backbone__fc__bias=(2,))
+    keys = {
+        "ln": dict(decay_mult=0.1),
+        "ln1.bias": dict(decay_mult=0.2),
+        "bia": dict(decay_mult=0.3),
+        "ias": dict(decay_mult=0.4),
+    }
+    for order in (keys, dict(reversed(keys.items()))):
+        assert decays(params, custom_keys=order) == {
+            "backbone/ln1/scale": 0.1,
+            "backbone/ln1/bias": 0.2,
+            "backbone/fc/bias": 0.3,
+        }
+
+
+def test_a_custom_key_switches_other_rules_off():
+    params = tree(ln__scale=(2,), ln__bias=(2,))
+    assert decays(params, norm_decay_mult=0.0, custom_keys={"ln.bias": dict(lr_mult=2.0)}) == {
+        "ln/scale": 0.0,
+        "ln/bias": 1.0,
+    }
+
+
+def test_weight_means_kernel_and_scale():
+    params = tree(a__fc__kernel=(2, 2), a__ln__scale=(2,), a__fc__bias=(2,), a__ls1__scale=(2,))
+    assert decays(params, custom_keys={".weight": dict(decay_mult=0.0)}) == {
+        "a/fc/kernel": 0.0,
+        "a/ln/scale": 0.0,
+        "a/fc/bias": 1.0,
+        "a/ls1/scale": 0.0,
+    }
+    assert decays(params, custom_keys={"ln/scale": dict(decay_mult=0.0)})["a/ln/scale"] == 0.0
+
+
+def test_a_leading_separator_fits_the_root_too():
+    keys = {".cls_token": dict(decay_mult=0.0)}
+    params = tree(cls_token=(1, 1, 2), backbone__cls_token=(1, 1, 2), backbone__my_cls_token=(1, 1, 2))
+    assert decays(params, custom_keys=keys) == {
+        "cls_token": 0.0,
+        "backbone/cls_token": 0.0,
+        "backbone/my_cls_token": 1.0,
+    }
+
+
+def test_rules_by_kind_of_layer():
+    params = tree(
+        ln__scale=(4,), ln__bias=(4,), fc__kernel=(4, 4), fc__bias=(4,), ls__scale=(4,),
+        dw__kernel=(3, 3, 1, 4), dw__bias=(4,), conv__kernel=(3, 3, 4, 4), cls_token=(1, 1, 4),
+    )  # fmt: skip
+    found = decays(params, norm_decay_mult=0.1, bias_decay_mult=0.2, dwconv_decay_mult=0.3, flat_decay_mult=0.4)
+    assert found == {
+        "ln/scale": 0.1, "ln/bias": 0.1, "fc/kernel": 1.0, "fc/bias": 0.2, "ls/scale": 0.4,
+        "dw/kernel": 0.3, "dw/bias": 0.2, "conv/kernel": 1.0, "cls_token": 1.0,
+    }  # fmt: skip
+    found = decays(params, flat_decay_mult=0.0)
+    assert {name for name, value in found.items() if value == 0} == {
+        "ln/scale",
+        "ln/bias",
+        "fc/bias",
+        "ls/scale",
+        "dw/bias",
+    }
+
+
+TINY = dict(embed_dims=8, num_layers=2, num_heads=2, feedforward_channels=16)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [dict(type="ResNet", depth=18), dict(type="VisionTransformer", arch=TINY, layer_scale_init_value=1e-5)],
+    ids=lambda cfg: cfg["type"],
+)
+def test_leaves_tell_the_norms_of_real_models(cfg):
+    model = nnx.eval_shape(lambda: build(cfg, rngs=nnx.Rngs(0)))
+    expected = {
+        "/".join(map(str, (*path, leaf)))
+        for path, module in nnx.iter_graph(model)
+        if isinstance(module, LayerNorm | BatchNorm)
+        for leaf in ("scale", "bias")
+    }
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    found = flatten_dict(param_groups(params, dict(norm_decay_mult=0.0)).decay_mult)
+    assert {"/".join(map(str, path)) for path, value in found.items() if value == 0} == expected != set()
+
+
+def test_bias_lr_mult_spares_norms():
+    params = tree(ln__scale=(4,), ln__bias=(4,), fc__kernel=(4, 4), fc__bias=(4,))
+    lr = flatten_dict(param_groups(params, dict(bias_lr_mult=2.0)).lr_mult, sep="/")
+    assert {name for name, value in lr.items() if value == 2.0} == {"fc/bias"}
+
+
+def test_keys_that_fit_nothing_are_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="jaxpretrain"):
+        param_groups(
+            tree(fc__bias=(2,)), dict(custom_keys={"bias": dict(decay_mult=0), "cls_tokn": dict(decay_mult=0)})
+        )
+    assert "cls_tokn" in caplog.text and "bias" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "cfg, message",
+    [
+        (dict(norm_decay=0), "paramwise_cfg has no option 'norm_decay'. Did you mean 'norm_decay_mult'"),
+        (
+            dict(custom_keys={"ln": dict(decay=0)}),
+            r"custom_keys\['ln'\] has no option 'decay'. Did you mean 'decay_mult'",
+        ),
+    ],
+)
+def test_mistakes_are_named(cfg, message):
+    with pytest.raises(ConfigError, match=message):
+        param_groups(tree(fc__bias=(2,)), cfg)
