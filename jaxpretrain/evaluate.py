@@ -57,7 +57,11 @@ def evaluate(
     if checkpoint is None:
         state = jax.jit(init, out_shardings=shardings)()
     else:
-        state = load_params(checkpoint, step, abstract=abstract, shardings=shardings)
+        wanted = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
+        )
+        loaded = load_params(checkpoint, step, wanted)
+        state = dict(loaded.state, step=loaded.step)
     return run_all(evaluators, state)
 
 

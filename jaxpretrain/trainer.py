@@ -108,7 +108,7 @@ class Trainer:
         config, scores = self.config, {}
         self.workdir.mkdir(parents=True, exist_ok=True)
         state, start = self._restore_or_init()
-        log = MetricLogger(self.workdir, self.total_steps, config.batch_size, config, start, clock=self.clock)
+        log = MetricLogger(self.workdir, self.total_steps, config.batch_size, config, start, steps_per_epoch=self.steps_per_epoch, clock=self.clock)
         batches = device_prefetch(iter(self.loader), self.batch_sharding, config.data.prefetch)
         context = make_context(config, self.mesh, self.workdir)
         evaluators = make_evaluators(config, context)
@@ -171,30 +171,25 @@ class Trainer:
     # Its parts
 
     def _restore_or_init(self) -> tuple[State, int]:
-        step = self.config.checkpoint.step or self.checkpointer.latest_step()
-        if step is None:
-            state = jax.jit(self.init, out_shardings=self.shardings)()
-            if self.config.load_from:
-                state = self._load_weights(state)
-            if jax.process_index() == 0:
-                (self.workdir / "config.json").write_text(json.dumps(to_plain(self.config), indent=2))
-            return state, 0
         abstract = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             self.abstract_state,
             self.shardings,
         )
-        restored = self.checkpointer.restore(abstract, step)
+        if self.checkpointer.latest_step() is None:
+            state = jax.jit(self.init, out_shardings=self.shardings)()
+            if self.config.load_from:
+                loaded = load_params(self.config.load_from, abstract=dict(abstract, ema={}))
+                state = dict(state, params=loaded.state["params"], model_state=loaded.state["model_state"])
+                logger.info("weights from step %d of %s", loaded.step, self.config.load_from)
+            if jax.process_index() == 0:
+                (self.workdir / "config.json").write_text(json.dumps(to_plain(self.config), indent=2))
+            return state, 0
+        restored = self.checkpointer.restore(abstract)
         self.loader.set_state(restored.data_state)
         self.clock.load_state_dict(restored.clock)
-        logger.info("continuing from step %d of %d in %s", step, self.total_steps, self.workdir)
-        return restored.state, step
-
-    def _load_weights(self, state: State) -> State:
-        loaded = load_params(self.config.load_from)
-        new = dict(state, params=loaded.params, model_state=loaded.model_state)
-        jax.tree.map(lambda a, b: None, state["params"], loaded.params)  # same structure, or an error that shows where
-        return jax.device_put(new, self.shardings)
+        logger.info("continuing from step %d of %d in %s", restored.step, self.total_steps, self.workdir)
+        return restored.state, restored.step
 
     def _save(self, step: int, state: State, scores: dict[str, float] | None) -> None:
         self.checkpointer.save(

@@ -13,8 +13,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
+
+from jaxpretrain.build import build
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # of the largest magnitude; PyTorch's own float32 noise is 1e-6
@@ -94,7 +97,9 @@ def fill_by_reference(module: nnx.Module, manifest: list, prefix: str = "", skip
         assert variable.shape == value.shape, f"{key}: {value.shape} does not fit {name} {variable.shape}"
         variable.set_value(value.astype(variable.dtype))
     assert not missing and not wanted, f"no place for {missing}; not filled: {sorted(wanted)}"
-    nnx.update(module, nnx.State.from_flat_path({tuple(_key(p) for p in k.split(".")): v for k, v in variables.items()}))
+    nnx.update(
+        module, nnx.State.from_flat_path({tuple(_key(p) for p in k.split(".")): v for k, v in variables.items()})
+    )
 
 
 def _key(part: str) -> str | int:
@@ -138,3 +143,36 @@ def assert_logits(actual: Any, golden: dict[str, Any], tolerance: float = TOLERA
         error = np.abs(ours[:width] - np.asarray(row["first32"])).max() / row["absmax"]
         assert error <= tolerance, f"off by {error:.2e} of the largest magnitude {row['absmax']}"
         assert ours.argmax() == row["argmax"]
+
+
+def build_by_reference(cfg: dict[str, Any], manifest: list, prefix: str = "") -> nnx.Module:
+    """The module of a configuration with the reference's weights, without drawing random ones first.
+
+    Args:
+        cfg: `dict(type=...)`, as for `build`.
+        manifest: rows of a golden file.
+        prefix: path of the part that the manifest describes, such as 'model'; the whole module if empty.
+    """
+    module = nnx.eval_shape(lambda: build(cfg, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module)
+    module = nnx.merge(graphdef, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state))
+    fill_by_reference(getattr(module, prefix) if prefix else module, manifest)
+    return module
+
+
+def reference_layout(tree: Any, key: str, prefix: str = "") -> np.ndarray:
+    """The array of ours, from nested dicts, that the reference calls `key`, with its order of axes.
+
+    Args:
+        tree: parameters, gradients or statistics.
+        key: the reference's name.
+        prefix: path of the part that the reference names describe, such as 'model'.
+    """
+    *path, leaf = our_name(f"{prefix}.{key}" if prefix else key).split(".")
+    for part in path:
+        tree = tree[_key(part)]
+    leaf = next(name for name in ("kernel", "scale", "weight") if name in tree) if leaf == "weight" else leaf
+    array = np.asarray(tree[leaf])
+    if leaf == "kernel":
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return array

@@ -85,7 +85,7 @@ def test_boxes_are_spread_evenly():
     covered = np.asarray(jax.vmap(lambda box: box.mask(height, width))(boxes)).mean(axis=0)
 
     def near(size: int) -> np.ndarray:
-        """For each pixel of a row the share of the centres, all equally likely, whose box of half the size covers it."""
+        """For each pixel of a row, the share of the places of a centre whose box, half the size, covers it."""
         pixel, half = np.arange(size), size // 4
         return (np.minimum(pixel + half, size - 1) - np.maximum(pixel - half + 1, 0) + 1) / size
 

@@ -228,3 +228,21 @@ def test_second_derivatives_are_right():
         eps, x64 = 1e-5, np.asarray(x, np.float64)
         numeric = (jax.grad(f)(x64 + eps * direction) - jax.grad(f)(x64 - eps * direction)) / (2 * eps)
     assert_close(hvp, numeric, 1e-4)  # float32 against differences in float64
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8, 16])
+def test_devices_change_nothing(groups):
+    """A batch split over eight devices: the same values; and no communication where each group lives on one device."""
+    norm = make(3, groups)
+    graphdef, state = split(norm)
+    x = normal(16, 4, 4, 3)
+
+    def apply(x):
+        return nnx.merge(graphdef, state)(x)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    compiled = jax.jit(apply, in_shardings=sharding, out_shardings=sharding).lower(x).compile()
+    assert_close(compiled(jax.device_put(x, sharding)), norm(x), 1e-6)
+    collectives = ("all-reduce", "all-gather", "collective-permute", "all-to-all")
+    assert any(name in compiled.as_text() for name in collectives) == (groups < 8)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +32,28 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+# Programs that run once on tiny arrays: most of their time would be spent on optimising them.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def filled(make: Callable[[], Any]) -> Any:
+    """A module with random weights that depend on their names alone, by NumPy: JAX would compile a program per shape."""
+    module = nnx.eval_shape(make)
+    weights = []
+    for path, variable in nnx.state(module).flat_state():
+        value = np.random.default_rng(zlib.crc32(str(path).encode())).standard_normal(variable.shape)
+        if path[-1] == "kernel":
+            value = value / math.sqrt(math.prod(value.shape[:-1]))
+        elif path[-1] == "scale":
+            value = 1 + 0.1 * value
+        else:
+            value = 0.1 * value
+        variable.set_value(jnp.asarray(value, jnp.float32))
+        weights.append((path, variable))
+    nnx.update(module, nnx.State.from_flat_path(dict(weights)))
+    return module
+
+
 # Attention
 
 
@@ -48,13 +73,15 @@ def attention_by_hand(layer: MultiheadAttention, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_attention_is_the_formula(qkv_bias):
-    layer = MultiheadAttention(24, 3, qkv_bias=qkv_bias, rngs=nnx.Rngs(0))
+    layer = filled(lambda: MultiheadAttention(24, 3, qkv_bias=qkv_bias, rngs=nnx.Rngs(0)))
     x = normal(1, 2, 7, 24) * 3
-    np.testing.assert_allclose(layer(jnp.asarray(x)), attention_by_hand(layer, x), atol=2e-6)
+    wanted = attention_by_hand(layer, x)
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(layer(jnp.asarray(x)) / scale, wanted / scale, atol=2e-6)
 
 
 def test_attention_keeps_float64():
-    layer = MultiheadAttention(24, 3, rngs=nnx.Rngs(0))
+    layer = filled(lambda: MultiheadAttention(24, 3, rngs=nnx.Rngs(0)))
     x = normal(1, 2, 7, 24).astype(np.float64) * 3
     with jax.enable_x64(True):
         y = layer(jnp.asarray(x))
@@ -63,18 +90,19 @@ def test_attention_keeps_float64():
 
 
 def test_attention_dropout_is_on_the_weights():
-    layer = MultiheadAttention(8, 2, attn_drop=0.5, rngs=nnx.Rngs(0))
+    layer = filled(lambda: MultiheadAttention(8, 2, attn_drop=0.5, rngs=nnx.Rngs(0)))
     x = jnp.asarray(normal(1, 1, 5, 8))
     with pytest.raises(ValueError, match="rngs"):
         layer(x)
-    draws = jax.vmap(lambda key: layer(x, rngs=nnx.Rngs(dropout=key)))(jax.random.split(jax.random.key(0), 4000))
+    draw = quick_jit(jax.vmap(lambda key: layer(x, rngs=nnx.Rngs(dropout=key))))
+    draws = draw(jax.random.split(jax.random.key(0), 4000))
     assert float(draws.std(axis=0).min()) > 1e-3
     layer.eval()
-    np.testing.assert_allclose(draws.mean(axis=0), layer(x), atol=0.02)
+    np.testing.assert_allclose(draws.mean(axis=0), layer(x), atol=0.05)
 
 
 def test_attention_scale_and_errors():
-    layer = MultiheadAttention(8, 2, qk_scale=0.0, rngs=nnx.Rngs(0))
+    layer = filled(lambda: MultiheadAttention(8, 2, qk_scale=0.0, rngs=nnx.Rngs(0)))
     x = jnp.asarray(normal(1, 1, 5, 8))
     y = layer(x)  # with logits of zero every token gets the mean of all values
     np.testing.assert_allclose(y, jnp.broadcast_to(y[:, :1], y.shape), atol=1e-6)
@@ -99,7 +127,7 @@ def linear(layer: Any, x: np.ndarray) -> np.ndarray:
     ],
 )
 def test_ffn_is_the_formula(name, function):
-    layer = FFN(6, 10, act_cfg=dict(type=name), rngs=nnx.Rngs(0))
+    layer = filled(lambda: FFN(6, 10, act_cfg=dict(type=name), rngs=nnx.Rngs(0)))
     x = normal(0, 2, 3, 6) * 3
     hidden = np.vectorize(function)(linear(layer.fc1, x))
     np.testing.assert_allclose(layer(jnp.asarray(x)), linear(layer.fc2, hidden), atol=2e-6)
@@ -116,7 +144,7 @@ def test_ffn_layer_scale_dropout_and_unknown_activation():
 
 
 def test_swiglu_is_the_formula():
-    layer = SwiGLUFFNFused(6, 18, rngs=nnx.Rngs(0))
+    layer = filled(lambda: SwiGLUFFNFused(6, 18, rngs=nnx.Rngs(0)))
     x = normal(0, 2, 3, 6)
     gate, value = np.split(linear(layer.w12, x), 2, axis=-1)
     assert gate.shape[-1] == 16  # 2/3 of 18 is 12, rounded up to a multiple of 8
@@ -127,7 +155,7 @@ def test_swiglu_is_the_formula():
 
 
 def test_patch_embed_is_its_convolution():
-    layer = PatchEmbed(3, 8, (4, 2), rngs=nnx.Rngs(0))
+    layer = filled(lambda: PatchEmbed(3, 8, (4, 2), rngs=nnx.Rngs(0)))
     x = jnp.asarray(normal(0, 2, 12, 10, 3))
     tokens, grid = layer(x)
     assert grid == (3, 5)
@@ -135,7 +163,7 @@ def test_patch_embed_is_its_convolution():
 
 
 def test_patch_embed_fills_incomplete_patches_with_zeros():
-    layer = PatchEmbed(3, 8, 4, input_size=(9, 14), rngs=nnx.Rngs(0))
+    layer = filled(lambda: PatchEmbed(3, 8, 4, input_size=(9, 14), rngs=nnx.Rngs(0)))
     x = jnp.asarray(normal(0, 2, 9, 14, 3))
     padded = jnp.pad(x, ((0, 0), (0, 3), (0, 2), (0, 0)))
     tokens, grid = layer(x)
@@ -215,20 +243,17 @@ FORMS = [(scan, remat) for scan in (False, True) for remat in ("none", "full", "
 
 
 def blocks(num_layers: int = 4, drop: float = 0.0, drop_path: float = 0.0) -> nnx.List:
-    rngs = nnx.Rngs(0)
-    rates = np.linspace(0, drop_path, num_layers)
-    return nnx.List(
-        [
-            TransformerEncoderLayer(8, 2, 12, drop_rate=drop, attn_drop_rate=drop, drop_path_rate=rate, rngs=rngs)
-            for rate in rates
-        ]
-    )
+    def block(rate: float) -> TransformerEncoderLayer:
+        rngs = nnx.Rngs(0)
+        return TransformerEncoderLayer(8, 2, 12, drop_rate=drop, attn_drop_rate=drop, drop_path_rate=rate, rngs=rngs)
+
+    return filled(lambda: nnx.List([block(rate) for rate in np.linspace(0, drop_path, num_layers)]))
 
 
 def value_and_grads(layers: nnx.List, x: jax.Array, scan: bool, remat: str, out_indices=()) -> Any:
     graphdef, params, rest = nnx.split(layers, nnx.Param, ...)
 
-    @jax.jit
+    @quick_jit
     @jax.value_and_grad
     def loss(params):
         y, outs = apply_layers(

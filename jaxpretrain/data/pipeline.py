@@ -9,6 +9,10 @@ With worker processes a script needs the usual `if __name__ == "__main__":` guar
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -72,8 +76,12 @@ class _Loader:
         self._num_threads, self._prefetch = num_threads, max(1, prefetch)
         self._chunk = min(CHUNK, self.local_batch_size)
         self._chunks_per_batch = -(-self.local_batch_size // self._chunk)
+        self._running: list[Any] = []  # grain's iterators
+        weakref.finalize(
+            self, _close_all, self._running
+        )  # also at the end of the program, while its modules still exist
 
-    def _start(self, chunks: Chunks, first: int, last: int) -> Iterator[dict[str, Any]]:
+    def _start(self, chunks: Chunks, first: int, last: int) -> Any:
         """A grain iterator over the chunks first..last."""
         import grain
 
@@ -87,9 +95,15 @@ class _Loader:
             _parse_flags()
             buffer = -(-ahead // workers)
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer), _end_with_parent
             )
-        return iter(dataset)
+        iterator = iter(dataset)
+        self._running.append(iterator)
+        return iterator
+
+    def close(self) -> None:
+        """Stops threads and worker processes. Whatever needs them next starts them again."""
+        _close_all(self._running)
 
     def _assemble(self, chunks: Iterator[dict[str, Any]], step: int) -> Batch:
         """The next batch; `chunks` stands at its first chunk. Rows without a sample: zero, label and index -1."""
@@ -271,10 +285,8 @@ class TrainLoader(_Loader):
         self._bad = dict.fromkeys(state["bad"], -1)
 
     def close(self) -> None:
-        """Stops threads and worker processes. The next batch starts them again."""
-        if self._iterator is not None:
-            self._iterator.close()  # type: ignore[attr-defined]
-            self._iterator = None
+        super().close()
+        self._iterator = None
 
 
 class EvalLoader(_Loader):
@@ -317,7 +329,6 @@ class EvalLoader(_Loader):
         self.indices = np.arange(count) * self.length // max(count, 1)
         plan = EvalPlan(self.indices, batch_size, self.local_batch_size, process_index, self._chunk)
         self._chunks = Chunks(self._reader, plan, replace=False)
-        self._open: list[Any] = []
 
     @property
     def num_samples(self) -> int:
@@ -330,22 +341,32 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         iterator = self._start(self._chunks, 0, len(self) * self._chunks_per_batch)
-        self._open.append(iterator)
         try:
             for step in range(len(self)):
                 batch = self._assemble(iterator, step)
                 del batch["epoch"]
                 yield batch
         finally:
-            iterator.close()  # type: ignore[attr-defined]
-            if iterator in self._open:
-                self._open.remove(iterator)
-
-    def close(self) -> None:
-        """Stops what unfinished passes have running."""
-        for iterator in self._open:
+            if iterator in self._running:
+                self._running.remove(iterator)
             iterator.close()
-        self._open.clear()
+
+
+def _close_all(iterators: list[Any]) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """In a worker process: ends it when the program that started it is killed; grain's workers would live on for ever."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _parse_flags() -> None:

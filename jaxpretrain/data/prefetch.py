@@ -5,53 +5,32 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-_END = object()
-
 
 class DevicePrefetch:
     """Iterator over global `jax.Array`s, with up to `size` batches on their way; made by `device_prefetch`.
 
     Attributes:
-        wait_seconds: how long the consumer has waited in `next`, in all. Beside the wall time it tells whether the
-            input is
-            what holds the run back.
+        wait_seconds: how long the consumer has waited in `next`, in all. Beside the wall time it tells whether the input
+            is what holds the run back.
     """
 
     def __init__(self, iterator: Iterator[Any], sharding: Callable[[np.ndarray], jax.sharding.Sharding], size: int):
         self.wait_seconds = 0.0
-        self._iterator, self._sharding = iterator, sharding
-        self._queue: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._free = threading.Semaphore(
-            size
-        )  # taken before a batch is made: at most `size` exist beyond the consumer's
-        self._stopped = threading.Event()
+        self._line = _Line(size)
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._produce, name="device-prefetch", daemon=True)
-        self._thread.start()
-
-    def _produce(self) -> None:
-        while True:
-            self._free.acquire()
-            if self._stopped.is_set():
-                return
-            try:
-                batch = jax.tree.map(self._to_device, next(self._iterator))
-            except StopIteration as end:
-                self._queue.put((_END, end))
-                return
-            except BaseException as error:  # raised again where the consumer is
-                self._queue.put((_END, error))
-                return
-            self._queue.put((batch, None))
-
-    def _to_device(self, array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(self._sharding(array), array)
+        # The thread holds the line, not this object: forgotten without `close`, it ends all the same.
+        thread = threading.Thread(
+            target=_produce, args=(iterator, sharding, self._line), name="device-prefetch", daemon=True
+        )
+        self._stop = weakref.finalize(self, self._line.stop, thread)
+        thread.start()
 
     def __iter__(self) -> DevicePrefetch:
         return self
@@ -59,30 +38,62 @@ class DevicePrefetch:
     def __next__(self) -> Any:
         if self._failure is not None:
             raise self._failure
-        if self._stopped.is_set():
+        if not self._stop.alive:
             raise StopIteration
         start = time.perf_counter()
-        batch, failure = self._queue.get()
+        batch, failure = self._line.ready.get()
         self.wait_seconds += time.perf_counter() - start
         if failure is not None:
             self._failure = failure
             raise failure
-        self._free.release()
+        self._line.free.release()
         return batch
 
     def close(self) -> None:
         """Stops the thread and drops what it has prepared. The iterator stays open, and nothing uses it any more."""
-        self._stopped.set()
-        self._free.release()
-        self._thread.join()
-        while not self._queue.empty():
-            self._queue.get()
+        self._stop()
 
     def __enter__(self) -> DevicePrefetch:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class _Line:
+    """Between the thread and the consumer: batches in order, and how many more may be made."""
+
+    def __init__(self, size: int):
+        self.ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self.free = threading.Semaphore(
+            size
+        )  # taken before a batch is made: at most `size` exist beyond the consumer's
+        self.stopped = threading.Event()
+
+    def stop(self, thread: threading.Thread) -> None:
+        self.stopped.set()
+        self.free.release()
+        if thread is not threading.current_thread():  # garbage collection may run anywhere
+            thread.join()
+        while not self.ready.empty():
+            self.ready.get()
+
+
+def _produce(iterator: Iterator[Any], sharding: Callable[[np.ndarray], jax.sharding.Sharding], line: _Line) -> None:
+    def to_device(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding(array), array)
+
+    while True:
+        line.free.acquire()
+        if line.stopped.is_set():
+            return
+        try:
+            batch = jax.tree.map(to_device, next(iterator))
+        except BaseException as error:  # raised again where the consumer is; the end of the iterator among them
+            line.ready.put((None, error))
+            return
+        line.ready.put((batch, None))
+        del batch  # or this thread keeps it alive while it makes the next
 
 
 def device_prefetch(

@@ -39,7 +39,7 @@ def apply_layers(
     Args:
         layers: the blocks; parameters are kept per block.
         x: input of the first.
-        rngs: for dropout and drop path; each layer gets a key of its own. May be None in eval mode.
+        rngs: for dropout and drop path; each layer gets a key of its own. Not used where all layers are `deterministic`.
         scan_layers: stacks the parameters of consecutive layers that are alike (equal but for values and
             `drop_path_rate`) and scans over them: the program's size and compile time no longer grow with depth.
         remat: what is recomputed in the backward pass: 'none', 'full' (everything within a block), or 'dots' (all but
@@ -52,6 +52,8 @@ def apply_layers(
     if remat not in _POLICIES:
         raise ConfigError(f"remat: unknown policy {remat!r}.{nearest(remat, _POLICIES)}")
     layers = list(layers)
+    if all(getattr(layer, "deterministic", False) for layer in layers):
+        rngs = None  # nothing is drawn in eval mode
     keys = None if rngs is None else jax.random.split(rngs.dropout(), len(layers))
     own = [layer.drop_path_rate for layer in layers]
     # Arrays in every form, unless all are zero: a layer of rate zero then draws as the others do, scanned or not.
@@ -80,8 +82,8 @@ def _split(layer: Any) -> tuple[nnx.GraphDef, list[dict]]:
     """A layer's structure, which is equal for alike layers, and its weights."""
     twin = nnx.clone(layer)  # so that the layer itself keeps its rate
     twin.drop_path_rate = 0.0
-    graphdef, *states, other = nnx.split(twin, nnx.Param, Frozen, ...)
-    if other:
+    graphdef, *states = nnx.split(twin, nnx.Param, Frozen, ...)
+    if other := states.pop():
         name = type(layer).__name__
         raise ConfigError(f"{name} has running statistics, so it cannot be scanned or rematerialised: {list(other)}")
     return graphdef, [nnx.to_pure_dict(state) for state in states]
