@@ -11,12 +11,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ConfigError": "jaxpretrain.build",
-    "build": "jaxpretrain.build",
     "register": "jaxpretrain.build",
     "resolve": "jaxpretrain.build",
     "load_config": "jaxpretrain.config",
     "train": "jaxpretrain.trainer",
-    "evaluate": "jaxpretrain.evaluate",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -49,6 +49,7 @@ _TABLE: dict[str, str] = {
     # batch augmentations
     "Mixup": "jaxpretrain.data.batch_augments",
     "CutMix": "jaxpretrain.data.batch_augments",
+    "ResizeMix": "jaxpretrain.data.batch_augments",
     # optimizers and schedules
     "SGD": "jaxpretrain.optim.optimizers",
     "Adam": "jaxpretrain.optim.optimizers",

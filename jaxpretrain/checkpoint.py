@@ -166,8 +166,13 @@ class Checkpointer:
         return due or step == total_steps or self._is_best(metrics or {})
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        score, best = self._rank(metrics), self.best_step()
-        return score is not None and (best is None or score > (self._score(best) or -math.inf))
+        score = self._rank(metrics)
+        if score is None:
+            return False
+        self.wait()  # what is still being written counts
+        best = self.best_step()
+        best_score = None if best is None else self._score(best)
+        return best_score is None or score > best_score
 
     def _rank(self, metrics: Mapping[str, float]) -> float | None:
         """The value of `save_best` such that greater is better; None if it is absent or not a number."""

@@ -86,7 +86,8 @@ def _count_equation(eqn: Any) -> int:
     if name == "scan":
         return inner * params["length"]
     if name == "shard_map":  # the body is one device's part
-        return inner * math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        axes = params.get("newly_manual_axes", params.get("manual_axes", params["mesh"].axis_names))
+        return inner * math.prod(params["mesh"].shape[axis] for axis in axes)
     return inner
 
 

@@ -9,6 +9,8 @@ import logging
 import math
 import os
 import shutil
+import socket
+import struct
 import sys
 import time
 import uuid
@@ -92,8 +94,8 @@ class _Progress:
             done = round(16 * step / total)
             parts.append("[" + "#" * done + "-" * (16 - done) + "]")
         parts += [f"{key} {_number(record[key])}" for key in ("loss", "lr") if record.get(key) is not None]
-        parts.append(f"{_number(record['images_per_sec'])} img/s")
-        parts.append(f"data {record['data_wait']:.0%}")
+        parts.append(f"{record['images_per_sec']:,.0f} images/s")
+        parts.append(f"data-wait {record['data_wait']:.0%}")
         if record["mfu"] is not None:
             parts.append(f"MFU {record['mfu']:.1%}")
         if eta is not None:
@@ -214,7 +216,7 @@ class MetricLogger:
         self.flops_per_step: int | None = None
         self.clock = clock or Clock()
         self._file: TextIO | None = None
-        self._tensorboard: Any = None
+        self._tensorboard: _TensorBoard | None = None
         self._wandb: Any = None
         if jax.process_index() == 0:
             self.workdir.mkdir(parents=True, exist_ok=True)
@@ -223,7 +225,7 @@ class MetricLogger:
                 self._wandb = _start_wandb(self.workdir, config)
             self._file = _open_metrics(self.workdir / "metrics.jsonl", resume_step)
             if config.get("tensorboard", True):
-                self._tensorboard = _open_tensorboard(self.workdir / "tensorboard", resume_step)
+                self._tensorboard = _TensorBoard(self.workdir / "tensorboard", resume_step)
         self.clock.start()
         self._first = self._last = (resume_step, self.clock.seconds, 0.0)  # step, seconds, seconds of waiting
 
@@ -298,9 +300,7 @@ class MetricLogger:
         step, phase = record["step"], record["phase"]
         values = {f"{phase}/{k}": v for k, v in record.items() if k not in ("step", "phase") and v is not None}
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+            self._tensorboard.scalars(step, values)
         if self._wandb is not None:
             self._wandb.log(values | {"step": step})
 
@@ -335,13 +335,42 @@ def _step(line: str) -> float:
     return step if isinstance(step, int) else math.inf
 
 
-def _open_tensorboard(directory: Path, resume_step: int) -> Any:
-    from tensorboardX import SummaryWriter
+class _TensorBoard:
+    """TensorBoard's event file, written at once: tensorboardX's own writer keeps events back, and a kill would lose them.
 
-    if resume_step == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        return SummaryWriter(str(directory))
-    return SummaryWriter(str(directory), purge_step=resume_step + 1)  # hides events from that step on
+    Going on from a step, an event tells TensorBoard to hide what earlier files have of later steps.
+    """
+
+    def __init__(self, directory: Path, resume_step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        if resume_step == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (directory / name).open("ab", buffering=0)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if resume_step:
+            session = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=resume_step + 1, session_log=session))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        self._file.write(length + checks[0] + data + checks[1])
 
 
 def _start_wandb(workdir: Path, config: Any) -> Any:

@@ -26,9 +26,10 @@ BATCH = PartitionSpec(("data", "fsdp"))
 # (regular expression of the path, what to do). A tuple names a mesh axis (or None) for each axis of the array;
 # 'fsdp' shards the largest axis that divides, if the array is worth it; 'replicate' copies it. The first match counts.
 DEFAULT_RULES: tuple[tuple[str, Any], ...] = (
-    (r"(qkv|fc1|fc\d+)/kernel$", ("fsdp", "tensor")),
-    (r"(proj|fc2)/kernel$", ("tensor", "fsdp")),
-    (r"(qkv|fc1)/bias$", ("tensor",)),
+    # Into a block by columns, out of it by rows: between the two nothing has to move. Necks count from fc0, ffn from fc1.
+    (r"(qkv|ffn/fc1|fc0)/kernel$", ("fsdp", "tensor")),
+    (r"(proj|fc\d)/kernel$", ("tensor", "fsdp")),
+    (r"(qkv|ffn/fc1|fc0)/bias$", ("tensor",)),
     (r"", "fsdp"),
 )
 FSDP_MIN_SIZE = 2**10  # smaller arrays are not worth a gather

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpretrain import flops
-from jaxpretrain.build import ConfigError
+from jaxpretrain.build import ConfigError, nearest
 from jaxpretrain.checkpoint import Checkpointer, load_params
 from jaxpretrain.cli import ExpectedFailure
 from jaxpretrain.config import to_plain
@@ -58,7 +58,7 @@ class Trainer:
     def __init__(self, config: Any, workdir: str | Path):
         self.config, self.workdir = config, Path(workdir)
         self.mesh = make_mesh(config.mesh)
-        self._check_batch_size()
+        self._check_fields()
         self.loader = TrainLoader(
             to_plain(config.data.train),
             batch_size=config.batch_size,
@@ -112,7 +112,7 @@ class Trainer:
         batches = device_prefetch(iter(self.loader), self.batch_sharding, config.data.prefetch)
         context = make_context(config, self.mesh, self.workdir)
         evaluators = make_evaluators(config, context)
-        compiled, window = None, []
+        compiled, window, step = None, [], start
 
         def evaluate(step: int) -> dict[str, float]:
             with self.clock.pause():
@@ -147,14 +147,14 @@ class Trainer:
                     check_window()
                     fresh_scores = evaluate(step)
                 preempted = preemption.reached(step)
-                if config.checkpoint.interval != -1 and (last or preempted or self._due(step, config.checkpoint)):
+                if self._should_save(step, fresh_scores) or preempted:
                     check_window()
                     with self.clock.pause():
                         self._save(step, state, fresh_scores)
                 if preempted:
                     break
-        with self.clock.pause():
-            self.checkpointer.wait()
+            with self.clock.pause():  # still deaf to SIGTERM: the checkpoint being written is the one that it asks for
+                self.checkpointer.wait()
         log.close()
         self.loader.close()
         if preemption.received and (step < self.total_steps):
@@ -191,6 +191,9 @@ class Trainer:
         logger.info("continuing from step %d of %d in %s", restored.step, self.total_steps, self.workdir)
         return restored.state, restored.step
 
+    def _should_save(self, step: int, scores: dict[str, float] | None) -> bool:
+        return self.checkpointer.should_save(step, self.steps_per_epoch, total_steps=self.total_steps, metrics=scores)
+
     def _save(self, step: int, state: State, scores: dict[str, float] | None) -> None:
         self.checkpointer.save(
             step, state, data_state=self.loader.get_state(step), clock=self.clock.state_dict(), metrics=scores
@@ -215,7 +218,8 @@ class Trainer:
         return compiled
 
     def _augment(self) -> Any:
-        pipeline = DevicePipeline(to_plain(self.config.data.train.device_pipeline), **self.config.data_preprocessor)
+        pixels = self.config.data_preprocessor
+        pipeline = DevicePipeline(to_plain(self.config.data.train.device_pipeline), pixels.mean, pixels.std)
         dtype = jnp.dtype(self.config.dtype)
 
         def augment(batch: Batch, rng: jax.Array) -> Batch:
@@ -251,8 +255,11 @@ class Trainer:
                     "A lower learning rate, a longer warm-up, optim_wrapper.clip_grad or dtype='float32' may help"
                 )
 
-    def _check_batch_size(self) -> None:
+    def _check_fields(self) -> None:
         config, rows = self.config, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        for name, valid in (("dtype", ("float32", "bfloat16", "float16")), ("remat", ("none", "full", "dots"))):
+            if config[name] not in valid:
+                raise ConfigError(f"config.{name}={config[name]!r}.{nearest(config[name], valid)}")
         if config.batch_size % (rows * config.accumulative_counts):
             raise ConfigError(
                 f"config.batch_size={config.batch_size} is not divisible by {rows} (devices along data and fsdp) x "

@@ -176,3 +176,32 @@ def reference_layout(tree: Any, key: str, prefix: str = "") -> np.ndarray:
     if leaf == "kernel":
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     return array
+
+
+def loss_and_grads(method: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """A method's loss on a batch, and its gradients as nested dicts."""
+    graphdef, *state = nnx.split(method, nnx.Param, ...)
+    params, rest = map(nnx.to_pure_dict, state)
+
+    @jax.jit
+    def compute(params: Any, rest: Any, batch: Any) -> Any:
+        return jax.value_and_grad(lambda p: nnx.merge(graphdef, p, rest).loss(batch)[0])(params)
+
+    loss, grads = compute(params, rest, batch)
+    return float(loss), grads
+
+
+def reference_gradient_errors(grads: Any, ssl: dict[str, Any]) -> float:
+    """The largest error of the golden norm of all gradients, and of some gradients' norms and first values.
+
+    Args:
+        grads: nested dicts of ours.
+        ssl: the golden file's field, with `grad_norm` and `grads`.
+    """
+    total = np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(grads)))
+    errors = [abs(total / ssl["grad_norm"] - 1)]
+    for key, golden in ssl["grads"].items():
+        array = reference_layout(grads, key).astype(np.float64).reshape(-1)
+        errors.append(abs(np.linalg.norm(array) / golden["l2"] - 1))
+        errors.append(np.abs(array[:4] - golden["first4"]).max() / np.abs(array).max())
+    return max(errors)

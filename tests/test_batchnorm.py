@@ -89,7 +89,9 @@ def live_pytorch(norm, x, g, training=True):
         theirs = torch.nn.BatchNorm2d(x.shape[-1], eps=norm.eps, momentum=norm.momentum).train(training)
         for ours, name in (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("var", "running_var")):
             getattr(theirs, name).data = torch.tensor(np.array(getattr(norm, ours)[...]))
-        tx, tg = (torch.tensor(np.moveaxis(a.reshape(len(a), -1, a.shape[-1]), -1, 1)[..., None]) for a in (part, gpart))
+        tx, tg = (
+            torch.tensor(np.moveaxis(a.reshape(len(a), -1, a.shape[-1]), -1, 1)[..., None]) for a in (part, gpart)
+        )
         ty = theirs(tx.requires_grad_())
         ty.backward(tg)
         y, dx = (np.moveaxis(t.detach().numpy()[..., 0], 1, -1).reshape(part.shape) for t in (ty, tx.grad))

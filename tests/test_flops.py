@@ -49,7 +49,7 @@ def test_control_flow() -> None:
     product = 2 * 8**3
     x = array(8, 8)
     assert count_flops(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=5)[0], x) == 5 * product
-    assert count_flops(lambda x: jax.lax.fori_loop(0, 7, lambda _, c: c @ c, x), x) in (product, 7 * product)
+    assert count_flops(lambda x: jax.lax.fori_loop(0, 7, lambda _, c: c @ c, x), x) == 7 * product
     dear, cheap = (lambda x: x @ x @ x), (lambda x: x @ x)
     assert count_flops(lambda x: jax.lax.cond(x[0, 0] > 0, cheap, dear, x), x) == 2 * product
     assert count_flops(lambda x: jax.lax.while_loop(lambda c: c[0, 0] > 0, cheap, x), x) == product

@@ -133,7 +133,8 @@ class Errors(dict):
         assert not failed, failed
 
 
-# Parameters whose gradient is 0 but for rounding noise, which AdamW turns into steps of full size. Losses do not see them.
+# Parameters whose gradient is 0 but for rounding noise, which AdamW turns into steps of full size in float32 (in float64 it
+# is far below AdamW's epsilon). Losses do not see them.
 # Biases of attention keys: the softmax takes no notice of a shift. They are the middle third of qkv's bias.
 # In MoCo v3 the bias of the ViT's last norm: a BatchNorm follows, which takes it away, and whose mean it moves.
 NOISY_NORM = re.compile(r"qkv\.bias$")
@@ -156,22 +157,21 @@ def compare_tensors(
 
 def check(case: str, dtype: type, tolerance: float) -> None:
     run, errors = Run(case, dtype), Errors()
-    mocov3 = case == "mocov3_vit"
-    chaotic = mocov3 and dtype == np.float32
+    noisy = case == "mocov3_vit" and dtype == np.float32
     for update, (done, before, state, metrics) in enumerate(run.states()):
         rows = run.steps[done - run.pieces : done]
         row, s = rows[-1], rows[-1]["s"]
         # Ten times the distance between the reference's own float32 and float64 runs so far, where that grows.
-        loose = 10 * max(run.drift["loss_abs"][: s + 1]) if chaotic else 0
-        loose_grad = 10 * max(run.drift["grad_rel"][: s + 1]) if chaotic else 0
+        loose = 10 * max(run.drift["loss_abs"][: s + 1]) if noisy else 0
+        loose_grad = 10 * max(run.drift["grad_rel"][: s + 1]) if noisy else 0
         losses = [step["losses"]["loss"] for step in rows]
         errors.add("loss", relative(metrics["loss"], np.mean(losses)), max(tolerance, loose), s)
         errors.add("grad_norm", relative(metrics["grad_norm"], row["grad_norm"]), max(tolerance, loose_grad), s)
         errors.add("lr", relative(metrics["lr"], run.lrs[done - 1]), 1e-6, s)
         # Small updates drown in float32's rounding of the parameters, some of MoCo v3's are noise (see
         # above). Three times the distance between the reference's own runs is allowed.
-        drift = run.drift["update_rel"][update] if mocov3 or dtype == np.float32 else 0
-        allowed = max(tolerance, 3 * drift)
+        drift = run.drift["update_rel"][update] if dtype == np.float32 else 0
+        allowed = max(1e-3 if noisy else tolerance, 3 * drift)
         change = jax.tree.map(np.subtract, state["params"], before["params"])
         errors.add("update_norm", relative(norm(change), row["update_norm"]), allowed, s)
         errors.add("param_norm", relative(norm(state["params"]), row["param_norm"]), tolerance, s)
@@ -179,7 +179,7 @@ def check(case: str, dtype: type, tolerance: float) -> None:
 
         wanted = run.snapshots.get(str(done), {})
         compare = partial(
-            compare_tensors, errors, prefix=run.prefix, tolerance=max(tolerance, loose), done=done, noisy=mocov3
+            compare_tensors, errors, prefix=run.prefix, tolerance=max(tolerance, loose), done=done, noisy=noisy
         )
         compare("params", state["params"], wanted.get("params", {}))
         compare("statistics", state["model_state"], wanted.get("bn", {}))
@@ -189,7 +189,6 @@ def check(case: str, dtype: type, tolerance: float) -> None:
             compare("teacher", before["model_state"], wanted["teacher"])
             compare("teacher statistics", state["model_state"], wanted["teacher_bn"])
             assert state["model_state"]["momentum_encoder"]["steps"] == done == wanted["teacher_steps"]
-    print(case, np.dtype(dtype).name, dict(errors))
     errors.check()
 
 
@@ -205,7 +204,7 @@ def test_transformers_in_float32(case):
 )
 def test_batch_norm_in_float64(case):
     with jax.enable_x64(True):
-        check(case, np.float64, 1e-6)
+        check(case, np.float64, 1e-7)
 
 
 def test_momentum_of_the_teacher():

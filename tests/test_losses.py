@@ -116,7 +116,9 @@ def test_loss_of_bfloat16_logits_is_computed_in_float32():
 def test_extreme_logits_give_finite_losses():
     logits = jnp.asarray([[1e4, -1e4, 0.0]])
     assert CrossEntropyLoss()(logits, jnp.asarray([1])) == 2e4
-    assert CrossEntropyLoss(use_sigmoid=True, reduction="sum")(logits, jnp.asarray([1])) == pytest.approx(2e4 + np.log(2))
+    assert CrossEntropyLoss(use_sigmoid=True, reduction="sum")(logits, jnp.asarray([1])) == pytest.approx(
+        2e4 + np.log(2)
+    )
     for use_sigmoid in (False, True):
         grad = jax.grad(lambda x, s=use_sigmoid: CrossEntropyLoss(use_sigmoid=s)(x, jnp.asarray([1])))(logits)
         assert np.isfinite(grad).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from jaxpretrain.models.resnet import ResNet
 from tests.parity import assert_logits, assert_summary, fill_by_reference, load_golden, reference_input
 
 TINY = dict(stem_channels=8, base_channels=4)
+SHORT = dict(**TINY, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
 
 
 def normal(*shape, seed=0):
@@ -37,6 +40,8 @@ def random(cfg, seed=0):
     for path, variable in nnx.state(module).flat_state():
         shape, name = variable.shape, path[-1]
         value = rng.standard_normal(shape)
+        if name == "num_batches_tracked":
+            continue
         if name == "kernel":
             value = value / np.sqrt(np.prod(shape[:-1]))
         elif name in ("scale", "var"):
@@ -144,7 +149,9 @@ def test_stages_strides_dilations_expansion_and_channels():
     model = random(cfg | dict(strides=(1, 2, 1), dilations=(1, 1, 2), out_indices=(0, 1, 2)))
     assert not hasattr(model, "layer4")
     assert model.layer3[0].conv2.dilation == (2, 2) and model.layer3[0].conv2.padding == (2, 2)
-    assert model.layer3[0].conv1.kernel.shape == (1, 1, 16, 16), "8 output channels double per stage, half of them inside"
+    assert model.layer3[0].conv1.kernel.shape == (1, 1, 16, 16), (
+        "8 output channels double per stage, half of them inside"
+    )
     model.eval()
     assert [out.shape for out in forward(model, normal(1, 32, 32, 1))] == [(1, 8, 8, 8), (1, 4, 4, 16), (1, 4, 4, 32)]
 
@@ -164,7 +171,7 @@ def test_cifar_stem_keeps_the_resolution():
 def test_zero_init_residual_is_an_initialisation_only():
     for depth, last in ((18, "bn2"), (50, "bn3")):
         for zero in (True, False):
-            model = ResNet(depth, **TINY, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,), rngs=nnx.Rngs(0))
+            model = ResNet(depth, **SHORT, rngs=nnx.Rngs(0))
             model.zero_init_residual = zero
             assert (getattr(model.layer1[1], last).scale[...] == 1).all()
             model.init_weights(nnx.Rngs(1))
@@ -175,7 +182,7 @@ def test_zero_init_residual_is_an_initialisation_only():
 
 
 def test_blocks_with_zero_scales_are_their_shortcut():
-    model = random(dict(type="ResNet", depth=18, **TINY, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,)))
+    model = random(dict(type="ResNet", depth=18, **SHORT))
     block = model.layer1[1]
     block.bn2.scale.set_value(jnp.zeros(4))
     block.bn2.bias.set_value(jnp.zeros(4))
@@ -222,11 +229,11 @@ def test_frozen_stages_do_not_learn(kind, frozen_stages):
         assert counts and all(unchanged == (name in frozen) for unchanged in counts)
     rates = [block.drop_path_rate for i in range(1, 5) for block in getattr(model, f"layer{i}")]
     still = 2 * max(frozen_stages, 0)
-    assert rates == [0.0] * still + pytest.approx(np.linspace(0, 0.5, 8).tolist()[still:])
+    np.testing.assert_allclose(rates, [0.0] * still + np.linspace(0, 0.5, 8).tolist()[still:])
 
 
 def test_drop_path_drops_samples_in_training_only():
-    cfg = dict(type="ResNet", depth=18, **TINY, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
+    cfg = dict(type="ResNet", depth=18, **SHORT)
     model = random(cfg | dict(drop_path_rate=0.5))
     block = model.layer1[1]
     assert (model.layer1[0].drop_path_rate, block.drop_path_rate) == (0.0, 0.5)
@@ -238,42 +245,43 @@ def test_drop_path_drops_samples_in_training_only():
     assert 16 < dropped.sum() < 48
     block.eval()
     assert not (block(x) == x).all(axis=(1, 2, 3)).any()
-    branch = lambda y: y - x  # noqa: E731 - where the sum stays positive, relu is the identity
-    kept = ~dropped
+    # The kept branches are doubled; where the sums stay positive, the last ReLU hides nothing.
+    calm = block(x)[~dropped]
     block.train()
-    noisy, calm = branch(block(x, rngs=nnx.Rngs(dropout=3)))[kept], None
-    block.eval()
-    calm = branch(block(x))[kept]
-    positive = np.asarray((noisy > -x[kept]) & (calm > -x[kept]))
-    assert_close(np.asarray(noisy)[positive], 2 * np.asarray(calm)[positive])
+    noisy = block(x, rngs=nnx.Rngs(dropout=3))[~dropped]
+    positive = (noisy > 0) & (calm > 0)
+    assert positive.mean() > 0.3
+    assert_close((noisy - x[~dropped])[positive], 2 * (calm - x[~dropped])[positive])
+
+
+@functools.cache
+def trained_once(remat):
+    """Loss, gradients, statistics, number of draws after a step; and the convolutions in the program."""
+    stages = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
+    model = random(dict(type="ResNetV1d", depth=18, **TINY, **stages, drop_path_rate=0.3))
+    model.set_attributes(remat=remat)
+    graphdef, params, rest = split(model, nnx.Param, ...)
+
+    def loss(params, images):
+        twin, rngs = nnx.merge(graphdef, params, rest), nnx.Rngs(dropout=1)
+        y = jnp.square(twin(images, rngs=rngs)[0]).mean()
+        return y, (stats_of(twin), rngs.dropout.count[...])
+
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, normal(4, 32, 32, 3))
+    convolutions = program.as_text().count("stablehlo.convolution")
+    return program.compile()(params, normal(4, 32, 32, 3)), convolutions
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_nothing(remat):
     """Value, gradient, statistics (moved once) and random draws."""
-    model = random(dict(type="ResNetV1d", depth=18, **TINY, num_stages=2, strides=(1, 2), dilations=(1, 1),
-                        out_indices=(1,), drop_path_rate=0.3))  # fmt: skip
-
-    def run(remat):
-        model.set_attributes(remat=remat)
-        graphdef, params, rest = split(model, nnx.Param, ...)
-
-        def loss(params, images):
-            twin, rngs = nnx.merge(graphdef, params, rest), nnx.Rngs(dropout=1)
-            y = jnp.square(twin(images, rngs=rngs)[0]).mean()
-            return y, (stats_of(twin), rngs.dropout.count[...])
-
-        program = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        images = normal(4, 32, 32, 3)
-        return program(params, images), str(jax.make_jaxpr(program)(params, images))
-
-    (plain, plain_jaxpr), (ours, jaxpr) = run("none"), run(remat)
-    jax.tree.map(lambda a, b: assert_close(b, a) if np.any(a) else np.testing.assert_array_equal(a, b), plain, ours)
+    (plain, convolutions), (ours, ours_convolutions) = trained_once("none"), trained_once(remat)
+    jax.tree.map(assert_close, ours, plain)
     (_, (stats, draws)), _ = ours
     assert stats["layer2"][1]["bn2"]["num_batches_tracked"] == 1
     assert draws == 3
-    assert "remat" in jaxpr or "checkpoint" in jaxpr
-    assert "remat" not in plain_jaxpr and "checkpoint" not in plain_jaxpr
+    again = {"full": 8, "dots": 0}[remat]  # the 3x3 convolutions of four blocks
+    assert ours_convolutions == convolutions + again
 
 
 def test_with_cp_is_remat():
@@ -291,9 +299,9 @@ def test_bfloat16_images_run_in_bfloat16_with_float32_state():
     model = random(
         dict(
             type="ImageClassifier",
-            backbone=dict(type="ResNet", depth=18, **TINY, norm_cfg=dict(type="BN", groups=2)),
+            backbone=dict(type="ResNet", depth=18, **SHORT, norm_cfg=dict(type="BN", groups=2)),
             neck=dict(type="GlobalAveragePooling"),
-            head=dict(type="LinearClsHead", num_classes=5, in_channels=32),
+            head=dict(type="LinearClsHead", num_classes=5, in_channels=4),
         )
     )
     x = normal(4, 32, 32, 3)
@@ -313,7 +321,7 @@ def test_bfloat16_images_run_in_bfloat16_with_float32_state():
     assert logits.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {jnp.dtype("float32"), jnp.dtype("int32")}
-    assert_close(logits.astype(jnp.float32), precise, 0.05)  # 8 bits of mantissa through 20 layers
+    assert_close(logits.astype(jnp.float32), precise, 0.03)  # 8 bits of mantissa through 6 layers
     assert_close(stats["backbone"]["bn1"]["mean"], precise_stats["backbone"]["bn1"]["mean"], 0.01)
 
 
@@ -430,7 +438,11 @@ def test_classifier_takes_built_parts():
 
 
 def test_classifier_initialises_outer_rules_first():
-    model = classifier(init_cfg=dict(type="Constant", layer=["Linear", "Conv2d"], val=7.0, bias=7.0))
+    model = classifier(
+        backbone=dict(type="ResNet", depth=18, **SHORT),
+        head=dict(type="LinearClsHead", num_classes=50, in_channels=4),
+        init_cfg=dict(type="Constant", layer=["Linear", "Conv2d"], val=7.0, bias=7.0),
+    )
     model.init_weights(nnx.Rngs(0))
     assert np.std(model.head.fc.kernel[...]) == pytest.approx(0.01, rel=0.3), "the head's own rule comes last"
     assert abs(np.mean(model.backbone.conv1.kernel[...])) < 0.1

@@ -31,14 +31,17 @@ Image = Any  # uint8 [H,W,3], or a tuple of such views
 
 @dataclasses.dataclass
 class Rows:
-    """What a chunk says about its samples: their rows in the batch of this host, and their numbers."""
+    """What a chunk says about its samples: their rows in the batch of this host, and their numbers.
+
+    A dataclass is a leaf to grain: it goes through a pipe, while bare arrays go through shared memory.
+    """
 
     row: list[int] = dataclasses.field(default_factory=list)
     label: list[int] = dataclasses.field(default_factory=list)
     index: list[int] = dataclasses.field(default_factory=list)
     epoch: list[int] = dataclasses.field(default_factory=list)
     bad: list[tuple[int, str]] = dataclasses.field(default_factory=list)  # (index, reason)
-    error: BaseException | None = None
+    error: Exception | None = None
 
 
 class Reader:
@@ -72,7 +75,8 @@ class Chunks:
         self.reader, self.plan, self.replace = reader, plan, replace
 
     def __call__(self, number: int) -> dict[str, Any]:
-        rows, images = Rows(), []
+        """`rows` (Rows), and `image`: stacked, or None where there are no rows."""
+        rows, images, stacked = Rows(), [], None
         try:
             for row, epoch, index in self.plan(int(number)):
                 for candidate in self.reader.candidates(epoch, index):
@@ -84,14 +88,14 @@ class Chunks:
                             continue
                         break
                     images.append(image)
-                    for column, value in zip(
-                        (rows.row, rows.label, rows.index, rows.epoch), (row, label, candidate, epoch), strict=True
-                    ):
-                        column.append(value)
+                    rows.row.append(row)
+                    rows.label.append(label)
+                    rows.index.append(candidate)
+                    rows.epoch.append(epoch)
                     break
             stacked = _stack(images) if images else None
         except Exception as error:
-            rows.error, stacked = _portable(error), None
+            rows.error = _portable(error)
         return {"rows": rows, "image": stacked}
 
 

@@ -8,9 +8,11 @@ With worker processes a script needs the usual `if __name__ == "__main__":` guar
 
 from __future__ import annotations
 
+import atexit
 import logging
-import multiprocessing
+import multiprocessing.util
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -76,10 +78,10 @@ class _Loader:
         self._num_threads, self._prefetch = num_threads, max(1, prefetch)
         self._chunk = min(CHUNK, self.local_batch_size)
         self._chunks_per_batch = -(-self.local_batch_size // self._chunk)
-        self._running: list[Any] = []  # grain's iterators
-        weakref.finalize(
-            self, _close_all, self._running
-        )  # also at the end of the program, while its modules still exist
+        self._running: list[Any] = []  # grain's iterators, and nowhere else: closing drops them
+        weakref.finalize(self, _close_all, self._running).atexit = False
+        if self._num_workers:  # at exit before multiprocessing's own handler, which was registered when it was imported
+            atexit.register(_close_all, self._running)
 
     def _start(self, chunks: Chunks, first: int, last: int) -> Any:
         """A grain iterator over the chunks first..last."""
@@ -93,6 +95,7 @@ class _Loader:
         dataset = numbers.map(chunks).to_iter_dataset(options)
         if workers:
             _parse_flags()
+            self._check_shared_memory(2 * ahead)  # grain buffers in the workers, and again here
             buffer = -(-ahead // workers)
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer), _end_with_parent
@@ -100,6 +103,20 @@ class _Loader:
         iterator = iter(dataset)
         self._running.append(iterator)
         return iterator
+
+    def _check_shared_memory(self, chunks: int) -> None:
+        """Warns where /dev/shm is too small for the chunks on their way: the run would die of SIGBUS, without a word."""
+        if not os.path.isdir("/dev/shm"):
+            return
+        needed = chunks * self._chunk * sum(view.nbytes for view in _views(self.example))
+        free = shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            logger.warning(
+                "worker processes hand images over in /dev/shm, which has %d MiB left and may need %d: start the container "
+                "with more (docker run --shm-size=...), or lower data.prefetch, or use threads alone (data.num_workers=0)",
+                free >> 20,
+                needed >> 20,
+            )
 
     def close(self) -> None:
         """Stops threads and worker processes. Whatever needs them next starts them again."""
@@ -234,16 +251,15 @@ class TrainLoader(_Loader):
         plan = TrainPlan(self.length, self.seed, batch_size, self.local_batch_size, process_index, self._chunk)
         self._chunks = Chunks(self._reader, plan, replace=True)
         self._step = 0  # number of the next batch
-        self._iterator: Iterator[dict[str, Any]] | None = None
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = self._start(self._chunks, self._step * self._chunks_per_batch, ENDLESS)
+        if not self._running:
+            self._start(self._chunks, self._step * self._chunks_per_batch, ENDLESS)
         try:
-            batch = self._assemble(self._iterator, self._step)
+            batch = self._assemble(self._running[0], self._step)
         except BaseException:
             self.close()  # half a batch is gone: the next call computes it again
             raise
@@ -283,10 +299,6 @@ class TrainLoader(_Loader):
         self.close()
         self._step = int(state["step"])
         self._bad = dict.fromkeys(state["bad"], -1)
-
-    def close(self) -> None:
-        super().close()
-        self._iterator = None
 
 
 class EvalLoader(_Loader):
@@ -358,7 +370,13 @@ def _close_all(iterators: list[Any]) -> None:
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """In a worker process: ends it when the program that started it is killed; grain's workers would live on for ever."""
+    """In a worker process: ends it when the program that started it is killed; grain's workers would live on for ever.
+
+    Signals that go to all processes of a job at once (a terminal's, a scheduler's) are left to the program: it may need more
+    batches until it stops.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

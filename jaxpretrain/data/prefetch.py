@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -30,6 +31,8 @@ class DevicePrefetch:
             target=_produce, args=(iterator, sharding, self._line), name="device-prefetch", daemon=True
         )
         self._stop = weakref.finalize(self, self._line.stop, thread)
+        self._stop.atexit = False
+        atexit.register(self._line.stop, thread)  # handlers run in reverse: before the loader's, which the thread reads
         thread.start()
 
     def __iter__(self) -> DevicePrefetch:
@@ -71,6 +74,7 @@ class _Line:
         self.stopped = threading.Event()
 
     def stop(self, thread: threading.Thread) -> None:
+        atexit.unregister(self.stop)
         self.stopped.set()
         self.free.release()
         if thread is not threading.current_thread():  # garbage collection may run anywhere

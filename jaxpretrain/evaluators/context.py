@@ -27,7 +27,7 @@ def make_context(config: Any, mesh: Mesh, workdir: Path | None) -> EvalContext:
     method = make_method(config)
     method.eval()
     graphdef = nnx.split(method, nnx.Param, ...)[0]
-    normalise = DevicePipeline([], **config.data_preprocessor)
+    normalise = DevicePipeline([], config.data_preprocessor.mean, config.data_preprocessor.std)
     dtype = jnp.dtype(config.dtype)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-(config.data.eval_batch_size or config.batch_size) // rows) * rows

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -158,7 +159,8 @@ def avg_pool2d(
 
     def window_sums(values: Array) -> Array:
         window, strides = (1, kernel_size, kernel_size, 1), (1, stride, stride, 1)
-        return lax.reduce_window(values, jnp.zeros((), values.dtype), lax.add, window, strides, overhang)
+        zero = np.zeros((), values.dtype)  # a constant even under jit: of a traced one there is no gradient
+        return lax.reduce_window(values, zero, lax.add, window, strides, overhang)
 
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     counted = jnp.pad(jnp.ones((1, *x.shape[1:3], 1), y.dtype), border, constant_values=int(count_include_pad))

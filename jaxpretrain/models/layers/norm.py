@@ -112,8 +112,8 @@ class BatchNorm(nnx.Module):
     def _update_running(self, mean: Float[Array, "g c"], var: Float[Array, "g c"]) -> None:
         for running, batch in ((self.mean, mean), (self.var, var)):
             new = lax.stop_gradient(batch.mean(axis=0)).astype(running.dtype)
-            running[...] = (1 - self.momentum) * running[...] + self.momentum * new
-        self.num_batches_tracked[...] += 1
+            running.set_value((1 - self.momentum) * running.get_value() + self.momentum * new)
+        self.num_batches_tracked.set_value(self.num_batches_tracked.get_value() + 1)
 
 
 _NORMS: dict[str, type] = {
