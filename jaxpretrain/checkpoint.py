@@ -470,7 +470,9 @@ class Checkpointer:
         if wrong:
             raise self._damaged(step, f"{join(wrong)} in {self.directory / str(step) / 'state'}: wrong checksum")
         keys = {path: leaf["key_impl"] for path, leaf in leaves.items() if "key_impl" in leaf}
-        return arrays | {path: jax.random.wrap_key_data(arrays[path], impl=impl) for path, impl in keys.items()}
+        return arrays | {
+            path: jax.random.wrap_key_data(jnp.asarray(arrays[path]), impl=impl) for path, impl in keys.items()
+        }
 
     def _damaged(self, step: int, what: str) -> CheckpointError:
         older = [other for other in self.all_steps() if other < step]

@@ -61,3 +61,10 @@ def _prepare_cpu() -> None:
     if (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS")) == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def wait_for_all(point: str, seconds: float = 3600.0) -> None:
+    """Waits until all processes have come to this point, a name used once; without communication between devices."""
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=point, timeout_ms=int(seconds * 1000))

@@ -28,6 +28,7 @@ from jaxpretrain.config import to_plain
 from jaxpretrain.data.device import DevicePipeline
 from jaxpretrain.data.pipeline import TrainLoader
 from jaxpretrain.data.prefetch import device_prefetch
+from jaxpretrain.distributed import wait_for_all
 from jaxpretrain.evaluators.base import run_all
 from jaxpretrain.evaluators.context import make_context, make_evaluators
 from jaxpretrain.logs import Clock, MetricLogger
@@ -214,6 +215,7 @@ class Trainer:
             plain.set_attributes(remat="none", raise_if_not_found=False)
             jaxpr = jax.make_jaxpr(self._step(split(plain)[0]))(state, batch)
         self.flops = flops.count_jaxpr(jaxpr)
+        wait_for_all("training step compiled")  # gloo gives up on a process that comes 30 s later than another
         logger.info("training step compiled in %.1f s", time.perf_counter() - begin)
         return compiled
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import random
 import shutil
@@ -28,6 +29,8 @@ from jaxpretrain.build import ConfigError
 from jaxpretrain.checkpoint import Checkpointer, CheckpointError, load_params
 from jaxpretrain.checkpoint_format import config_difference
 from jaxpretrain.checksums import checksums
+
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax leaves futures behind when reading fails
 
 CONFIG = dict(method=dict(type="MAE", backbone=dict(arch="base", out_indices=(3,))), max_epochs=10, log_interval=50)
 
@@ -397,6 +400,8 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, after an error
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 def test_a_flipped_byte_anywhere_is_noticed_or_harmless(copy: Path) -> None:
     rng = random.Random(0)
     wrong = []
@@ -510,7 +515,7 @@ while True:
     checkpointer.save(step, state)
 """
     rng, reached = random.Random(), 0
-    for _ in range(4):
+    for _ in range(3):
         with start(program, tmp_path) as process:
             assert process.stdout is not None
             output = iter(process.stdout.readline, "")

@@ -280,7 +280,7 @@ def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture, frozen_clock
         log.write(10, dict(loss=0.42134567, lr=1.5e-5, other=1.0), data_wait=0.1)
         log.evaluation(10, {"knn/top1": 0.912345})
     assert capsys.readouterr().err == (
-        "step  10/100  loss 0.4213  lr 1.5e-05  20 img/s  data 2%  MFU 0.3%  ETA 0:00:36\n"
+        "step  10/100  loss 0.4213  lr 1.5e-05  20 images/s  data-wait 2%  MFU 0.3%  ETA 0:00:36\n"
         "eval at step 10:  knn/top1 0.9123\n"
     )
 
@@ -288,7 +288,7 @@ def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture, frozen_clock
 def test_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen_clock: Any) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", "70")
     with make_logger(tmp_path) as log:
         for step in (25, 50):
             frozen_clock.seconds += 1
@@ -296,8 +296,8 @@ def test_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fro
         log.evaluation(50, {"a": 1.0})
         log.write(75, dict(loss=1.0, lr=0.1))
     lines = terminal.getvalue().split("\r\x1b[K")[1:]
-    assert lines[0].startswith("step  25/100  [####------------]  loss 1  lr 0.1  200 img/s")
-    assert len(lines) == 4 and all(len(line.rstrip("\n")) <= 59 for line in lines)
+    assert lines[0].startswith("step  25/100  [####------------]  loss 1  lr 0.1  200 images/s")
+    assert len(lines) == 4 and all(len(line.rstrip("\n")) <= 69 for line in lines)
     assert [line.endswith("\n") for line in lines] == [
         False,
         False,

@@ -5,8 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -148,7 +154,7 @@ def test_threads_change_nothing(good, threads):
     assert same(take(TrainLoader(good, batch_size=8), 7), take(TrainLoader(good, batch_size=8, num_threads=threads), 7))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_worker_processes_change_nothing(bad, workers):
     """One test for all that involves processes, for they take seconds to start: the stream, bad files, resume, errors."""
     reference = TrainLoader(bad, batch_size=8, seed=4, max_bad=0.1)
@@ -443,7 +449,7 @@ def test_images_in_memory_start_no_processes():
 
 
 def test_memory_stays_flat(good):
-    """20,000 images, in both loaders, after a warm-up of 4,000."""
+    """20,000 images in both loaders together, after a warm-up of 5,000."""
 
     def resident() -> float:
         with open("/proc/self/statm") as file:
@@ -452,15 +458,71 @@ def test_memory_stays_flat(good):
     loader = TrainLoader(good, batch_size=40)
     evaluation = EvalLoader(good, batch_size=40)
     sizes = []
-    for round_ in range(250):
+    for round_ in range(520):
         next(loader)
         if round_ % 5 == 0:
             for _ in evaluation:
                 pass
-        if round_ in (50, 249):
+        if round_ in (100, 519):
             sizes.append(resident())
     loader.close()
     assert sizes[1] - sizes[0] < 16, f"{sizes} MiB"
+
+
+PROGRAM = """
+import multiprocessing, os, signal, sys
+import jax
+from jaxpretrain.data.pipeline import TrainLoader
+from jaxpretrain.data.prefetch import device_prefetch
+
+if __name__ == "__main__":
+    config = dict(dataset=dict(type="CustomDataset", data_root=sys.argv[1]), pipeline=[dict(type="Resize", scale=8)])
+    loader = TrainLoader(config, batch_size=8, num_workers=1)
+    batches = device_prefetch(loader, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("killed", -signal.SIGKILL), ("exit", 3)])
+def test_worker_processes_end_with_the_program(good, tmp_path, end, code):
+    """However it ends, without `close`: no process stays behind, and an ordinary end is silent."""
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    root = str(Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, str(script), good["dataset"]["data_root"], end],
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "stderr").open("w"),  # not a pipe, which a process left behind would keep open
+        env={**os.environ, "PYTHONPATH": root},
+        timeout=120,
+    )
+    assert run.returncode == code
+    workers = [int(pid) for pid in run.stdout.split()]
+    assert workers
+    deadline = time.time() + 20
+    while any(alive(pid) for pid in workers) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)
+    if end == "exit":
+        assert (tmp_path / "stderr").read_text() == ""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_small_shared_memory_is_pointed_out(good, caplog, monkeypatch):
+    loader = TrainLoader(good, batch_size=8)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4))
+    loader._check_shared_memory(8)
+    assert "--shm-size" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import logging
 import multiprocessing.util
 import os
 import shutil
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -372,8 +373,8 @@ def _close_all(iterators: list[Any]) -> None:
 def _end_with_parent(worker: int, workers: int) -> None:
     """In a worker process: ends it when the program that started it is killed; grain's workers would live on for ever.
 
-    Signals that go to all processes of a job at once (a terminal's, a scheduler's) are left to the program: it may need more
-    batches until it stops.
+    Signals that go to all processes of a job at once (a terminal's, a scheduler's) are left to the program, which may
+    need more batches until it stops.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
