@@ -127,7 +127,7 @@ def resnet(epochs: int, lr: float, weight_decay: float = 1e-6, base_momentum: fl
     )
 
 
-def tiny(backbone: dict, width: int, with_avg_pool: bool, optimizer: dict, epochs: int = 40) -> ConfigDict:
+def tiny(backbone: dict, width: int, with_avg_pool: bool, optimizer: dict, epochs: int) -> ConfigDict:
     """Real handwritten digits: crops and changes of contrast, a projector of 256 units."""
     crop = [dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.4, 1.0))]
     jitter = [
@@ -154,23 +154,23 @@ def tiny(backbone: dict, width: int, with_avg_pool: bool, optimizer: dict, epoch
         batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(optimizer=optimizer),
-        param_scheduler=warmup_cosine(epochs, 4),
+        param_scheduler=warmup_cosine(epochs, max(1, epochs // 10)),
         evaluators=frozen_feature_scores(),
-        evaluation=dict(interval=10, at_start=True),
-        checkpoint=dict(interval=10),
+        evaluation=dict(interval=epochs // 2, at_start=True),
+        checkpoint=dict(interval=epochs // 2),
         log_interval=20,
     )
 
 
 TINY_VIT = dict(
     type="MoCoV3ViT",
-    arch=dict(embed_dims=96, num_layers=4, num_heads=4, feedforward_channels=384),
+    arch=dict(embed_dims=64, num_layers=3, num_heads=4, feedforward_channels=256),
     img_size=32,
     patch_size=4,
     stop_grad_conv1=True,
 )
 TINY_RESNET = dict(type="ResNet_CIFAR", depth=18, stem_channels=16, base_channels=16, zero_init_residual=False)
-ADAMW = dict(type="AdamW", lr=1e-3, weight_decay=0.1)
+ADAMW = dict(type="AdamW", lr=1.5e-3, weight_decay=0.1)
 
 RECIPES = {
     "mocov3_vit-small-p16_16xb256-amp-coslr-300e_in1k": partial(vit, "mocov3-small", 384),
@@ -179,8 +179,8 @@ RECIPES = {
     "mocov3_resnet50_8xb512-amp-coslr-100e_in1k": partial(resnet, 100, 9.6),
     "mocov3_resnet50_8xb512-amp-coslr-300e_in1k": partial(resnet, 300, 4.8),
     "mocov3_resnet50_8xb512-amp-coslr-800e_in1k": partial(resnet, 800, 4.8, 1.5e-6, 0.004),
-    "digits": partial(tiny, TINY_VIT, 96, False, ADAMW),
-    "digits-resnet": partial(tiny, TINY_RESNET, 128, True, ADAMW),
+    "digits": partial(tiny, TINY_VIT, 64, False, ADAMW, 40),
+    "digits-resnet": partial(tiny, TINY_RESNET, 128, True, ADAMW, 10),
 }
 
 

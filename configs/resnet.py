@@ -114,7 +114,7 @@ def cifar(depth: int, classes: int = 10, **model: Any) -> ConfigDict:
 
 def tiny() -> ConfigDict:
     """A narrow ResNet-18 on real handwritten digits, with label smoothing, Mixup and CutMix."""
-    epochs = 30
+    epochs = 20
     return recipe(
         method=classifier(
             dict(type="ResNet_CIFAR", depth=18, stem_channels=16, base_channels=16),
@@ -130,8 +130,8 @@ def tiny() -> ConfigDict:
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)),
         param_scheduler=warmup_cosine(epochs, 3),
         evaluators=frozen_feature_scores(accuracy=dict(type="Accuracy", topk=(1, 5))),
-        evaluation=dict(interval=10, at_start=True),
-        checkpoint=dict(interval=10, save_best="accuracy/top1"),
+        evaluation=dict(interval=5, at_start=True),
+        checkpoint=dict(interval=5, save_best="accuracy/top1"),
         log_interval=20,
     )
 

@@ -79,7 +79,7 @@ def pretrain(batch_size: int, epochs: int, lr: float, base_batch_size: int | Non
 
 def tiny() -> ConfigDict:
     """A narrow ResNet-18 on real handwritten digits; the views are crops and changes of contrast."""
-    epochs = 30
+    epochs = 15
     jitter = dict(type="ColorJitter", brightness=0.6, contrast=0.6)
     return recipe(
         method=dict(
@@ -111,10 +111,10 @@ def tiny() -> ConfigDict:
             optimizer=dict(type="LARS", lr=1.0, weight_decay=1e-6, momentum=0.9, eta=0.02),
             paramwise_cfg=dict(custom_keys=LARS_EXCLUDE),
         ),
-        param_scheduler=warmup_cosine(epochs, 3, by_iter=False),
+        param_scheduler=warmup_cosine(epochs, 2, by_iter=False),
         evaluators=frozen_feature_scores(),
-        evaluation=dict(interval=10, at_start=True),
-        checkpoint=dict(interval=10),
+        evaluation=dict(interval=5, at_start=True),
+        checkpoint=dict(interval=5),
         log_interval=20,
     )
 

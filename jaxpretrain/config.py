@@ -64,7 +64,9 @@ def base_config() -> ConfigDict:
             log_interval=50,
             evaluation=dict(interval=-1, by_epoch=True, at_start=False),
             evaluators=dict(),
-            checkpoint=dict(interval=1, by_epoch=True, max_to_keep=3, save_best=None, best_mode=None, step=None, ignore_config=False),
+            checkpoint=dict(
+                interval=1, by_epoch=True, max_to_keep=3, save_best=None, best_mode=None, step=None, ignore_config=False
+            ),
             # Watching.
             profile=False,  # write a trace of a few early steps to workdir/profile
             transfer_guard=False,  # make hidden transfers between host and device an error

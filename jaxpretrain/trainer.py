@@ -109,10 +109,18 @@ class Trainer:
         config, scores = self.config, {}
         self.workdir.mkdir(parents=True, exist_ok=True)
         state, start = self._restore_or_init()
-        log = MetricLogger(self.workdir, self.total_steps, config.batch_size, config, start, steps_per_epoch=self.steps_per_epoch, clock=self.clock)
         batches = device_prefetch(iter(self.loader), self.batch_sharding, config.data.prefetch)
         context = make_context(config, self.mesh, self.workdir)
         evaluators = make_evaluators(config, context)
+        log = MetricLogger(
+            self.workdir,
+            self.total_steps,
+            config.batch_size,
+            config,
+            start,
+            steps_per_epoch=self.steps_per_epoch,
+            clock=self.clock,
+        )
         compiled, window, step = None, [], start
 
         def evaluate(step: int) -> dict[str, float]:
@@ -142,13 +150,14 @@ class Trainer:
                 window.append((step, metrics))
                 last = step == self.total_steps
                 if step % config.log_interval == 0 or last:
+                    self.checkpointer.check()
                     log.write(step, check_window(), data_wait=batches.wait_seconds)
                 fresh_scores = None
                 if evaluators and (last or self._due(step, config.evaluation)):
                     check_window()
                     fresh_scores = evaluate(step)
                 preempted = preemption.reached(step)
-                if self._should_save(step, fresh_scores) or preempted:
+                if self._should_save(step, fresh_scores, preempted):
                     check_window()
                     with self.clock.pause():
                         self._save(step, state, fresh_scores)
@@ -192,7 +201,9 @@ class Trainer:
         logger.info("continuing from step %d of %d in %s", restored.step, self.total_steps, self.workdir)
         return restored.state, restored.step
 
-    def _should_save(self, step: int, scores: dict[str, float] | None) -> bool:
+    def _should_save(self, step: int, scores: dict[str, float] | None, preempted: bool) -> bool:
+        if preempted:
+            return self.config.checkpoint.interval != -1
         return self.checkpointer.should_save(step, self.steps_per_epoch, total_steps=self.total_steps, metrics=scores)
 
     def _save(self, step: int, state: State, scores: dict[str, float] | None) -> None:

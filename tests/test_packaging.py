@@ -54,7 +54,9 @@ def test_pinned_versions_cover_every_requirement():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + [r for extra in ("torch", "dev") for r in project["optional-dependencies"][extra]]
+    wanted = project["dependencies"] + [
+        r for extra in ("torch", "dev") for r in project["optional-dependencies"][extra]
+    ]
     normal = lambda name: re.sub(r"[-_.]+", "-", name).lower()  # noqa: E731
     pins = {normal(line.split("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert not {normal(re.match(r"[\w.-]+", r)[0]) for r in wanted} - pins

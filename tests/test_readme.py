@@ -16,7 +16,12 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 PYTHON = [command for command in COMMANDS if command.startswith("python ")]
-SMALL = ["--config.max_steps=2", "--config.batch_size=8", "--config.log_interval=1", "--config.evaluation.at_start=False"]
+SMALL = [
+    "--config.max_steps=2",
+    "--config.batch_size=8",
+    "--config.log_interval=1",
+    "--config.evaluation.at_start=False",
+]
 
 
 def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxpretrain.build import ConfigError, build
+from jaxpretrain.cli import ExpectedFailure
 from jaxpretrain.data.chunks import CHUNK, SUBSTITUTES, Chunks, EvalPlan, Reader, Rows, TrainPlan, refuse_shapes
 from jaxpretrain.data.decode import BadImage
 from jaxpretrain.data.transforms import build_pipeline
@@ -34,7 +35,7 @@ ENDLESS = 2**62
 logger = logging.getLogger(__name__)
 
 
-class TooManyBadImages(RuntimeError):
+class TooManyBadImages(ExpectedFailure):
     """More than `max_bad` of the data set cannot be decoded."""
 
 
