@@ -65,7 +65,13 @@ def base_config() -> ConfigDict:
             evaluation=dict(interval=-1, by_epoch=True, at_start=False),
             evaluators=dict(),
             checkpoint=dict(
-                interval=1, by_epoch=True, max_to_keep=3, save_best=None, best_mode=None, step=None, ignore_config=False
+                interval=1,
+                by_epoch=True,
+                max_to_keep=3,
+                save_best=None,  # a metric, such as 'knn/top1': the best checkpoint by it is kept besides the latest
+                best_mode=None,  # 'max' or 'min'; by the metric's name if None
+                step=None,  # restore this one instead of the latest
+                ignore_config=False,  # restore although the config differs
             ),
             # Watching.
             profile=False,  # write a trace of a few early steps to workdir/profile

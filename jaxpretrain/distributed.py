@@ -58,7 +58,7 @@ def _from_variables() -> tuple[str, int, int]:
 
 def _prepare_cpu() -> None:
     """On CPUs processes are joined by gloo, which takes one program with communication at a time, or else they block."""
-    if (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS")) == "cpu":
+    if (getattr(jax.config, "jax_platforms", None) or os.environ.get("JAX_PLATFORMS")) == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 

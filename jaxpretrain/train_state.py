@@ -27,8 +27,9 @@ Batch = dict[str, Any]
 
 def split(method: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
     """(structure, parameters that learn, all other state), the last two as nested dicts."""
-    graphdef, params, rest = nnx.split(method, nnx.Param, ...)
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    graphdef, *states = nnx.split(method, nnx.Param, ...)
+    params, rest = map(nnx.to_pure_dict, states)
+    return graphdef, params, rest
 
 
 def make_method(config: Any, rngs: nnx.Rngs | None = None) -> Method:

@@ -77,9 +77,11 @@ class Trainer:
         if config.auto_scale_lr.enable:
             optim_wrapper = scale_lr(optim_wrapper, config.batch_size, config.auto_scale_lr.base_batch_size)
         schedulers = to_plain(config.param_scheduler)
-        length = dict(total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch, max_epochs=config.max_epochs)
-        rates = functools.partial(learning_rates, schedulers, **length)
-        decays = functools.partial(weight_decays, schedulers, **length)
+        length: dict[str, int] = dict(
+            total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch, max_epochs=config.max_epochs
+        )
+        rates = lambda lr: learning_rates(schedulers, lr, **length)  # noqa: E731
+        decays = lambda decay: weight_decays(schedulers, decay, **length)  # noqa: E731
         method = make_method(config)
         self._check_class_count(method)
         graphdef, params, _ = split(method)
@@ -121,7 +123,8 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             clock=self.clock,
         )
-        compiled, window, step = None, [], start
+        compiled, step = None, start
+        window: list[tuple[int, dict[str, Any]]] = []  # steps whose metrics are still on the device
 
         def evaluate(step: int) -> dict[str, float]:
             with self.clock.pause():

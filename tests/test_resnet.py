@@ -18,6 +18,7 @@ from jaxpretrain.models.resnet import ResNet
 from tests.parity import assert_logits, assert_summary, fill_by_reference, load_golden, reference_input
 
 TINY = dict(stem_channels=8, base_channels=4)
+TWO = dict(**TINY, num_stages=2, strides=(1, 2), dilations=(1, 1))
 SHORT = dict(**TINY, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
 
 
@@ -107,7 +108,13 @@ def test_classifier_equals_reference(name):
 
 @pytest.mark.parametrize(
     ("depth", "parameters"),
-    [(18, 11_176_512), (34, 21_284_672), (50, 23_508_032), (101, 42_500_160), (152, 58_143_808)],
+    [
+        (18, 11_176_512),
+        (50, 23_508_032),
+        pytest.param(34, 21_284_672, marks=pytest.mark.slow),
+        pytest.param(101, 42_500_160, marks=pytest.mark.slow),
+        pytest.param(152, 58_143_808, marks=pytest.mark.slow),
+    ],
 )
 def test_depths_have_their_published_size(depth, parameters):
     """The figures are torchvision's, without its classifier."""
@@ -126,8 +133,10 @@ def test_backbone_and_projector_equal_reference_in_training():
         fill_by_reference(parts[name], golden["manifest"], prefix=f"{name}.")
     feats = forward(parts["backbone"], images.reshape(8, 224, 224, 3))
     (projected,) = forward(parts["neck"], feats)
-    assert_summary(feats[0], golden["ssl"]["stages"]["backbone"][0][0])
-    assert_summary(projected, golden["ssl"]["stages"]["neck"][0][0])
+    # Statistics of 8 images amplify rounding. Our float64 run is 2.9e-5 (backbone) and 1.0e-4 (projector) from the golden
+    # float32 numbers, and our float32 run 1.1e-4 and 3.5e-4 from our float64 one, so 1e-5 is beyond either's precision.
+    assert_summary(feats[0], golden["ssl"]["stages"]["backbone"][0][0], tolerance=1e-4)
+    assert_summary(projected, golden["ssl"]["stages"]["neck"][0][0], tolerance=4e-4)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -195,13 +204,13 @@ def stats_of(module):
 
 
 def test_norm_eval_keeps_all_statistics_in_training():
-    model = random(dict(type="ResNet", depth=18, **TINY, norm_eval=True))
+    model = random(dict(type="ResNet", depth=18, **SHORT, norm_eval=True))
     model.train()
     before = stats_of(model)
-    trained = model(normal(2, 32, 32, 3))
+    trained = model(normal(2, 16, 16, 3))
     assert jax.tree.all(jax.tree.map(np.array_equal, before, stats_of(model)))
     model.eval()
-    assert_close(trained[0], model(normal(2, 32, 32, 3))[0])
+    assert_close(trained[0], model(normal(2, 16, 16, 3))[0])
 
 
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 2, 4])
@@ -257,8 +266,7 @@ def test_drop_path_drops_samples_in_training_only():
 @functools.cache
 def trained_once(remat):
     """Loss, gradients, statistics, number of draws after a step; and the convolutions in the program."""
-    stages = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
-    model = random(dict(type="ResNetV1d", depth=18, **TINY, **stages, drop_path_rate=0.3))
+    model = random(dict(type="ResNetV1d", depth=18, **TWO, out_indices=(1,), drop_path_rate=0.3))
     model.set_attributes(remat=remat)
     graphdef, params, rest = split(model, nnx.Param, ...)
 
@@ -392,9 +400,9 @@ def test_nonlinear_neck_without_last_norm_or_pooling():
 def classifier(**kwargs):
     cfg = dict(
         type="ImageClassifier",
-        backbone=dict(type="ResNet", depth=18, **TINY, out_indices=(2, 3)),
+        backbone=dict(type="ResNet", depth=18, **TWO, out_indices=(0, 1)),
         neck=dict(type="GlobalAveragePooling"),
-        head=dict(type="LinearClsHead", num_classes=5, in_channels=32, topk=(1, 5), loss=dict(type="CrossEntropyLoss")),
+        head=dict(type="LinearClsHead", num_classes=5, in_channels=8, topk=(1, 5), loss=dict(type="CrossEntropyLoss")),
     )
     return random(cfg | kwargs)
 
@@ -405,10 +413,10 @@ def test_classifier_stages_loss_and_scores():
     )
     assert model.train_cfg == dict(augments=dict(type="Mixup", alpha=0.2))
     model.eval()
-    x, labels = jnp.asarray(normal(2, 32, 32, 3)), jnp.asarray([1, 4])
+    x, labels = jnp.asarray(normal(2, 16, 16, 3)), jnp.asarray([1, 4])
     maps, pooled = model.extract_feat(x, "backbone"), model.extract_feat(x)
-    assert [m.shape for m in maps] == [(2, 2, 2, 16), (2, 1, 1, 32)]
-    assert [p.shape for p in pooled] == [(2, 16), (2, 32)]
+    assert [m.shape for m in maps] == [(2, 4, 4, 4), (2, 2, 2, 8)]
+    assert [p.shape for p in pooled] == [(2, 4), (2, 8)]
     np.testing.assert_array_equal(model.extract_feat(x, "pre_logits"), pooled[-1])
     logits = model(x)
     assert_close(logits, pooled[-1] @ model.head.fc.kernel[...] + model.head.fc.bias[...])
@@ -421,8 +429,8 @@ def test_classifier_stages_loss_and_scores():
 def test_classifier_without_neck_or_head():
     model = classifier(neck=None, head=None)
     model.eval()
-    x = jnp.asarray(normal(1, 32, 32, 3))
-    assert [m.shape for m in model(x)] == [(1, 2, 2, 16), (1, 1, 1, 32)]
+    x = jnp.asarray(normal(2, 16, 16, 3))
+    assert [m.shape for m in model(x)] == [(2, 4, 4, 4), (2, 2, 2, 8)]
     with pytest.raises(ConfigError, match="needs a head"):
         model.extract_feat(x, "pre_logits")
     with pytest.raises(ConfigError, match="no head"):

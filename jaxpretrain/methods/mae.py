@@ -141,7 +141,8 @@ class MAEPretrainDecoder(BaseModule):
         *,
         rngs: nnx.Rngs,
     ):
-        grid = (math.isqrt(num_patches),) * 2 if isinstance(num_patches, int) else tuple(num_patches)
+        side = math.isqrt(num_patches) if isinstance(num_patches, int) else 0
+        grid: tuple[int, int] = (side, side) if isinstance(num_patches, int) else (num_patches[0], num_patches[1])
         if isinstance(num_patches, int) and math.prod(grid) != num_patches:
             raise ConfigError(f"MAEPretrainDecoder: num_patches={num_patches} is no square; give (down, across)")
         self.grid, self.init_cfg = grid, init_cfg
