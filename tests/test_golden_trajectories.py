@@ -87,7 +87,9 @@ class Run:
         optimizer = build_optimizer(wrapper, lrs, params)
         state = dict(params=params, model_state=model_state, opt_state=optimizer.init(params), step=np.int32(0))
         state |= dict(ema=params if self.ema else {}, rng=jax.random.key_data(jax.random.key(0)))
-        step = jax.jit(make_train_step(graphdef, optimizer, lrs, augment, self.pieces, self.ema))
+        train_step = make_train_step(graphdef, optimizer, lrs, augment, self.pieces, self.ema)
+        # Convolutions in float64 are plain loops on CPUs: they need the optimisation that tests otherwise do without.
+        step = jax.jit(train_step, compiler_options={"xla_backend_optimization_level": 3})
         for done in range(self.pieces, self.data["max_iters"] + 1, self.pieces):
             # A micro-batch of ours is every n-th row.
             parts = [self.batch(s) for s in range(done - self.pieces, done)]
