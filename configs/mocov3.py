@@ -156,7 +156,7 @@ def tiny(backbone: dict, width: int, with_avg_pool: bool, optimizer: dict, epoch
         optim_wrapper=dict(optimizer=optimizer),
         param_scheduler=warmup_cosine(epochs, max(1, epochs // 10)),
         evaluators=frozen_feature_scores(),
-        evaluation=dict(interval=epochs // 2, at_start=True),
+        evaluation=dict(at_start=True),
         checkpoint=dict(interval=epochs // 2),
         log_interval=20,
     )
@@ -179,8 +179,8 @@ RECIPES = {
     "mocov3_resnet50_8xb512-amp-coslr-100e_in1k": partial(resnet, 100, 9.6),
     "mocov3_resnet50_8xb512-amp-coslr-300e_in1k": partial(resnet, 300, 4.8),
     "mocov3_resnet50_8xb512-amp-coslr-800e_in1k": partial(resnet, 800, 4.8, 1.5e-6, 0.004),
-    "digits": partial(tiny, TINY_VIT, 64, False, ADAMW, 40),
-    "digits-resnet": partial(tiny, TINY_RESNET, 128, True, ADAMW, 10),
+    "digits": partial(tiny, TINY_VIT, 64, False, ADAMW, 25),
+    "digits-resnet": partial(tiny, TINY_RESNET, 128, True, ADAMW, 8),
 }
 
 

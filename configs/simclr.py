@@ -79,7 +79,7 @@ def pretrain(batch_size: int, epochs: int, lr: float, base_batch_size: int | Non
 
 def tiny() -> ConfigDict:
     """A narrow ResNet-18 on real handwritten digits; the views are crops and changes of contrast."""
-    epochs = 15
+    epochs = 12
     jitter = dict(type="ColorJitter", brightness=0.6, contrast=0.6)
     return recipe(
         method=dict(
@@ -113,8 +113,8 @@ def tiny() -> ConfigDict:
         ),
         param_scheduler=warmup_cosine(epochs, 2, by_iter=False),
         evaluators=frozen_feature_scores(),
-        evaluation=dict(interval=5, at_start=True),
-        checkpoint=dict(interval=5),
+        evaluation=dict(interval=4, at_start=True),
+        checkpoint=dict(interval=4),
         log_interval=20,
     )
 
