@@ -151,6 +151,9 @@ class Trainer:
                 with self._profile(step - start):
                     state, metrics = compiled(state, batch)
                 window.append((step, metrics))
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    logger.info("first step done")
                 last = step == self.total_steps
                 if step % config.log_interval == 0 or last:
                     self.checkpointer.check()
