@@ -88,7 +88,7 @@ def tiny() -> ConfigDict:
 
     A digit has 64 patches, of one original pixel each, so 60 % are masked and not 75 %.
     """
-    epochs = 60
+    epochs = 40
     return recipe(
         method=dict(
             type="MAE",
@@ -126,8 +126,8 @@ def tiny() -> ConfigDict:
         ),
         param_scheduler=warmup_cosine(epochs, 5),
         evaluators=frozen_feature_scores(reconstruction=dict(type="Reconstruction", num_images=12)),
-        evaluation=dict(interval=30, at_start=True),
-        checkpoint=dict(interval=20),
+        evaluation=dict(interval=20, at_start=True),
+        checkpoint=dict(interval=10),
         log_interval=20,
     )
 
