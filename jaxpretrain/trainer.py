@@ -32,6 +32,7 @@ from jaxpretrain.distributed import wait_for_all
 from jaxpretrain.evaluators.base import run_all
 from jaxpretrain.evaluators.context import make_context, make_evaluators
 from jaxpretrain.logs import Clock, MetricLogger
+from jaxpretrain.models.heads import ClsHead
 from jaxpretrain.optim import base_lr, build_optimizer, learning_rates, scale_lr, weight_decays
 from jaxpretrain.sharding import BATCH, log_replicated, make_mesh, tree_shardings
 from jaxpretrain.train_state import Batch, State, init_state, make_method, make_train_step, split
@@ -148,7 +149,7 @@ class Trainer:
                     with self.clock.pause():
                         compiled = self.compile(state, batch)
                     log.set_flops(self.flops)
-                with self._profile(step - start):
+                with self._profile(step - start, self.total_steps - start):
                     state, metrics = compiled(state, batch)
                 window.append((step, metrics))
                 if step == start + 1:
@@ -255,12 +256,12 @@ class Trainer:
         return jax.transfer_guard("disallow") if self.config.transfer_guard else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _profile(self, step: int, first: int = 10, last: int = 14) -> Iterator[None]:
-        """Traces steps 10 to 14 of this process, past compilation and warm-up, if config.profile is set."""
-        if self.config.profile and step == min(first, self.total_steps):
+    def _profile(self, step: int, steps: int, first: int = 10, last: int = 14) -> Iterator[None]:
+        """Traces steps 10 to 14 of the `steps` of this process, past warm-up, if config.profile is set."""
+        if self.config.profile and step == min(first, steps):
             jax.profiler.start_trace(str(self.workdir / "profile"))
         yield
-        if self.config.profile and step == min(last, self.total_steps):
+        if self.config.profile and step == min(last, steps):
             jax.profiler.stop_trace()
             logger.info("profile: %s", self.workdir / "profile")
 
@@ -288,10 +289,9 @@ class Trainer:
     def _check_class_count(self, method: nnx.Module) -> None:
         classes = self.loader.num_classes
         for _, node in nnx.iter_graph(method):
-            head = getattr(node, "num_classes", None) if hasattr(node, "fc") else None
-            if classes and isinstance(head, int) and head < classes:
+            if classes and isinstance(node, ClsHead) and getattr(node, "num_classes", classes) < classes:
                 raise ConfigError(
-                    f"The head has {head} classes, but the data set has {classes}: "
+                    f"The head has {node.num_classes} classes, but the data set has {classes}: "
                     f"set --config.method.model.head.num_classes={classes}"
                 )
 
