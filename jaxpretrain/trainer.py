@@ -289,9 +289,10 @@ class Trainer:
     def _check_class_count(self, method: nnx.Module) -> None:
         classes = self.loader.num_classes
         for _, node in nnx.iter_graph(method):
-            if classes and isinstance(node, ClsHead) and getattr(node, "num_classes", classes) < classes:
+            own = getattr(node, "num_classes", None) if isinstance(node, ClsHead) else None
+            if classes and own is not None and own < classes:
                 raise ConfigError(
-                    f"The head has {node.num_classes} classes, but the data set has {classes}: "
+                    f"The head has {own} classes, but the data set has {classes}: "
                     f"set --config.method.model.head.num_classes={classes}"
                 )
 
