@@ -265,11 +265,11 @@ class Trainer:
             jax.profiler.stop_trace()
             logger.info("profile: %s", self.workdir / "profile")
 
-    @staticmethod
-    def _stop_if_not_finite(fetched: list[tuple[int, dict[str, Any]]]) -> None:
+    def _stop_if_not_finite(self, fetched: list[tuple[int, dict[str, Any]]]) -> None:
         for step, metrics in fetched:
             bad = [f"{name}={float(value)}" for name, value in metrics.items() if not math.isfinite(value)]
             if bad:
+                self.checkpointer.wait()  # the last good one may still be on its way to the disk
                 raise NonFiniteError(
                     f"step {step}: {', '.join(bad)} is not finite; nothing was saved since the last good checkpoint. "
                     "A lower learning rate, a longer warm-up, optim_wrapper.clip_grad or dtype='float32' may help"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from jaxpretrain.build import ConfigError
+from jaxpretrain.build import ConfigError, build
 from jaxpretrain.models.layers import BaseModule
 from jaxpretrain.models.layers.conv import global_avg_pool
 
@@ -67,6 +67,39 @@ class Method(BaseModule):
     def has_logits(self) -> bool:
         """Whether `logits` is defined: true for classifiers."""
         return type(self).logits is not Method.logits
+
+
+class BaseSelfSupervisor(Method):
+    """A self-supervised method of three parts, MMPretrain's base class; most methods differ in their loss alone.
+
+    Args:
+        backbone: the network to be trained for later use; a dictionary with `type`, or a module.
+        neck: what comes on top of it, such as a projector or a decoder.
+        head: what the loss needs besides.
+        target_generator, pretrained, data_preprocessor: accepted for MMPretrain's configs, and not used.
+        init_cfg: initialisation, MMEngine's dictionaries.
+    """
+
+    def __init__(
+        self,
+        backbone: Mapping[str, Any] | nnx.Module,
+        neck: Mapping[str, Any] | nnx.Module,
+        head: Mapping[str, Any] | nnx.Module,
+        target_generator: None = None,
+        pretrained: None = None,
+        data_preprocessor: Any = None,
+        init_cfg: Any = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.init_cfg = init_cfg
+        self.backbone = build(backbone, rngs=rngs)
+        self.neck = build(neck, rngs=rngs, **self.neck_defaults())
+        self.head = build(head, rngs=rngs)
+
+    def neck_defaults(self) -> dict[str, Any]:
+        """Arguments of the neck that follow from the backbone, where the config does not give them."""
+        return {}
 
 
 # What several methods do.

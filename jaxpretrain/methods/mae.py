@@ -13,7 +13,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
 from jaxpretrain.build import ConfigError, build
-from jaxpretrain.methods.base import Batch, Method, Metrics, draw_key, last
+from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, draw_key, last
 from jaxpretrain.models.layers import BaseModule, Frozen, Linear, build_norm
 from jaxpretrain.models.layers.position import build_2d_sincos_position_embedding
 from jaxpretrain.models.layers.stack import apply_layers
@@ -255,38 +255,22 @@ class MAEPretrainHead(BaseModule):
         return patches, mean, jnp.sqrt(patches.var(axis=-1, keepdims=True, ddof=1) + 1e-6)
 
 
-class MAE(Method):
+class MAE(BaseSelfSupervisor):
     """Reconstructs the pixels of hidden patches from visible ones, by an encoder, and a decoder that is dropped later.
 
-    Args:
-        backbone: the encoder, `MAEViT`; a dictionary with `type`, or a module.
-        neck: the decoder. `num_patches` and `embed_dim` are the backbone's where not given.
-        head: target and loss.
-        target_generator, pretrained, data_preprocessor: accepted for MMPretrain's configs, and not used.
-        init_cfg: initialisation, MMEngine's dictionaries; by default the paper's, as in MMPretrain's recipes.
+    The backbone is a `MAEViT`; the neck the decoder, whose `num_patches` and `embed_dim` are the backbone's where not given;
+    the head makes targets and loss. `init_cfg` is by default the paper's, as in MMPretrain's recipes.
 
     Raises:
         ConfigError: parts that do not fit together.
     """
 
-    def __init__(
-        self,
-        backbone: Mapping[str, Any] | nnx.Module,
-        neck: Mapping[str, Any] | nnx.Module,
-        head: Mapping[str, Any] | nnx.Module,
-        target_generator: None = None,
-        pretrained: None = None,
-        data_preprocessor: Any = None,
-        init_cfg: Any = _INIT,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.init_cfg = init_cfg
-        self.backbone = build(backbone, rngs=rngs)
-        shapes = dict(num_patches=self.backbone.patch_resolution, embed_dim=self.backbone.embed_dims)
-        self.neck = build(neck, rngs=rngs, **shapes)
-        self.head = build(head, rngs=rngs)
+    def __init__(self, init_cfg: Any = _INIT, *, rngs: nnx.Rngs, **parts: Any):
+        super().__init__(init_cfg=init_cfg, rngs=rngs, **parts)
         self._check_shapes()
+
+    def neck_defaults(self) -> dict[str, Any]:
+        return dict(num_patches=self.backbone.patch_resolution, embed_dim=self.backbone.embed_dims)
 
     def _check_shapes(self) -> None:
         p, c = self.head.patch_size, self.head.in_channels

@@ -14,7 +14,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import build
-from jaxpretrain.methods.base import Batch, Method, Metrics, Progress, last, normalize, pool, views
+from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, Progress, last, normalize, pool, views
 from jaxpretrain.models.layers import BaseModule, Frozen, Linear, freeze
 from jaxpretrain.models.layers.position import build_2d_sincos_position_embedding
 from jaxpretrain.models.vision_transformer import VisionTransformer
@@ -149,38 +149,23 @@ class MomentumEncoder(BaseModule):
                 yield ours, source[path]
 
 
-class MoCoV3(Method):
+class MoCoV3(BaseSelfSupervisor):
     """Each view's prediction shall find the other view's target in the global batch (algorithm 1 of the paper).
 
     Targets come from a momentum encoder of backbone and neck. After optimizer step s of S, its weights move towards the
     online ones by the momentum base / 2 * (1 + cos(pi s / S)), which falls from base to 0. Its BatchNorms normalise by
     their own batch; their running statistics start from the online ones in each forward pass, as in MMPretrain.
 
+    The backbone gives a tuple of feature maps or class tokens, the neck is the projector, the head a `MoCoV3Head`.
+
     Args:
-        backbone: gives a tuple of feature maps or class tokens; a dictionary with `type`, or a module.
-        neck: the projector.
-        head: predictor and loss, `MoCoV3Head`.
         base_momentum: how far the momentum encoder moves at the start (the paper's m is 1 minus this).
-        pretrained, data_preprocessor: accepted for MMPretrain's configs, and not used.
-        init_cfg: initialisation, MMEngine's dictionaries.
+        parts: arguments of `BaseSelfSupervisor`.
     """
 
-    def __init__(
-        self,
-        backbone: Mapping[str, Any] | nnx.Module,
-        neck: Mapping[str, Any] | nnx.Module,
-        head: Mapping[str, Any] | nnx.Module,
-        base_momentum: float = 0.01,
-        pretrained: None = None,
-        data_preprocessor: Any = None,
-        init_cfg: Any = None,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.init_cfg, self.base_momentum = init_cfg, base_momentum
-        self.backbone = build(backbone, rngs=rngs)
-        self.neck = build(neck, rngs=rngs)
-        self.head = build(head, rngs=rngs)
+    def __init__(self, base_momentum: float = 0.01, *, rngs: nnx.Rngs, **parts: Any):
+        super().__init__(rngs=rngs, **parts)
+        self.base_momentum = base_momentum
         self.momentum_encoder = MomentumEncoder(self.backbone, self.neck)
 
     def init_weights(self, rngs: nnx.Rngs) -> None:

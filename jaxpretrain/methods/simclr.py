@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxpretrain.build import build
-from jaxpretrain.methods.base import Batch, Method, Metrics, last, normalize, pool, views
+from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, last, normalize, pool, views
 from jaxpretrain.models.layers import BaseModule
 
 # A similarity that no cosine reaches: e^(_NEVER / temperature) is exactly 0 for temperatures up to 10, also in float64.
@@ -39,36 +39,14 @@ class ContrastiveHead(BaseModule):
         return self.loss_module(logits, jnp.zeros(logits.shape[0], jnp.int32))
 
 
-class SimCLR(Method):
+class SimCLR(BaseSelfSupervisor):
     """Two views of an image shall be more alike than views of different images (NT-Xent, section 2.1).
 
     Negatives are all other images of the global batch. Both views pass the network as one batch of 2B, the views of an
     image side by side, so BatchNorm sees both and its groups keep them together.
 
-    Args:
-        backbone: gives a tuple of feature maps; a dictionary with `type`, or a module.
-        neck: the projector.
-        head: the loss, `ContrastiveHead`.
-        target_generator, pretrained, data_preprocessor: accepted for MMPretrain's configs, and not used.
-        init_cfg: initialisation, MMEngine's dictionaries.
+    The backbone gives a tuple of feature maps, the neck is the projector, the head a `ContrastiveHead`.
     """
-
-    def __init__(
-        self,
-        backbone: Mapping[str, Any] | nnx.Module,
-        neck: Mapping[str, Any] | nnx.Module,
-        head: Mapping[str, Any] | nnx.Module,
-        target_generator: None = None,
-        pretrained: None = None,
-        data_preprocessor: Any = None,
-        init_cfg: Any = None,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.init_cfg = init_cfg
-        self.backbone = build(backbone, rngs=rngs)
-        self.neck = build(neck, rngs=rngs)
-        self.head = build(head, rngs=rngs)
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
         """NT-Xent over the global batch; `image` is two views [B, H, W, 3]. Logs nothing more."""

@@ -19,6 +19,7 @@ from jaxpretrain.build import ConfigError, nearest
 from jaxpretrain.models.layers.base import BaseModule, freeze
 from jaxpretrain.models.layers.conv import Conv2d, ConvModule, avg_pool2d, max_pool2d, relu
 from jaxpretrain.models.layers.drop import drop_path
+from jaxpretrain.models.layers.intermediates import capturing, record
 from jaxpretrain.models.layers.norm import BatchNorm, LayerNorm, build_norm
 
 _BN = {"type": "BN", "requires_grad": True}
@@ -304,12 +305,13 @@ class ResNet(BaseModule):
         """Feature maps of the stages in `out_indices`, in order. `rngs` is for drop path in training."""
         if self.remat not in _POLICIES:
             raise ConfigError(f"remat: unknown policy {self.remat!r}.{nearest(self.remat, _POLICIES)}")
-        apply = _call if self.remat == "none" else nnx.remat(_call, policy=_POLICIES[self.remat])
+        apply = _call if self.remat == "none" or capturing() else nnx.remat(_call, policy=_POLICIES[self.remat])
         x = self._apply_stem(x)
         outs = []
         for i in range(self.num_stages):
             for block in getattr(self, f"layer{i + 1}"):
                 x = apply(block, x, rngs)
+                record(block, "out", x)
             if i in self.out_indices:
                 outs.append(x)
         return tuple(outs)

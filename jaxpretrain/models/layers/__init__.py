@@ -13,6 +13,7 @@ from jaxpretrain.models.layers.base import BaseModule, Frozen, freeze
 from jaxpretrain.models.layers.conv import Conv2d, ConvModule, avg_pool2d, global_avg_pool, max_pool2d, relu
 from jaxpretrain.models.layers.drop import Dropout, drop_path
 from jaxpretrain.models.layers.ffn import FFN, SwiGLUFFNFused
+from jaxpretrain.models.layers.intermediates import capture, intermediates, record, wanted
 from jaxpretrain.models.layers.layer_scale import LayerScale
 from jaxpretrain.models.layers.linear import Linear
 from jaxpretrain.models.layers.norm import BatchNorm, LayerNorm, build_norm
@@ -38,10 +39,14 @@ __all__ = [
     "avg_pool2d",
     "build_2d_sincos_position_embedding",
     "build_norm",
+    "capture",
     "drop_path",
     "freeze",
     "global_avg_pool",
+    "intermediates",
     "max_pool2d",
+    "record",
     "relu",
     "resize_pos_embed",
+    "wanted",
 ]

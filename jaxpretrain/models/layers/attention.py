@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxpretrain.build import ConfigError
 from jaxpretrain.models.layers.base import BaseModule
 from jaxpretrain.models.layers.drop import Dropout
+from jaxpretrain.models.layers.intermediates import record, wanted
 from jaxpretrain.models.layers.layer_scale import LayerScale
 from jaxpretrain.models.layers.linear import Linear
 
@@ -60,7 +61,8 @@ class MultiheadAttention(BaseModule):
         b, n, c = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dims)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if x.dtype == jnp.float64 or (self.attn_drop.rate and not self.attn_drop.deterministic):
+        dropout = self.attn_drop.rate and not self.attn_drop.deterministic
+        if x.dtype == jnp.float64 or dropout or wanted(self, "weights"):
             y = self._attend(q, k, v, rngs)
         else:
             cudnn = _has_cudnn_kernel(q)
@@ -74,6 +76,7 @@ class MultiheadAttention(BaseModule):
         """The same by hand: JAX's function has no dropout, and takes the softmax in float32 even of float64 logits."""
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
         weights = jax.nn.softmax(logits * self.scale, axis=-1).astype(q.dtype)
+        record(self, "weights", weights)
         return jnp.einsum("bhqk,bkhd->bqhd", self.attn_drop(weights, rngs=rngs), v)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from jaxpretrain.models.layers.init import apply_init_cfg
@@ -55,6 +56,13 @@ class BaseModule(nnx.Module):
     """
 
     init_cfg: Any = None
+
+    def derived(self) -> dict[str, np.ndarray]:
+        """Arrays that MMPretrain keeps in its state dict and that follow from the arguments: index tables and the like.
+
+        They are no state here. Names are MMPretrain's, relative to this module; those of modules below it are theirs.
+        """
+        return {}
 
     def init_weights(self, rngs: nnx.Rngs) -> None:
         """Initialises this module and all below it, in place."""

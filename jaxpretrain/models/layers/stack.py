@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError, nearest
 from jaxpretrain.models.layers.base import Frozen
+from jaxpretrain.models.layers.intermediates import capturing, record
 
 # What the backward pass finds saved: everything; only each block's input; that and the results of matmuls with weights.
 _POLICIES: dict[str, Any] = {
@@ -52,6 +53,8 @@ def apply_layers(
     if remat not in _POLICIES:
         raise ConfigError(f"remat: unknown policy {remat!r}.{nearest(remat, _POLICIES)}")
     layers = list(layers)
+    if capturing():
+        scan_layers, remat = False, "none"
     if all(getattr(layer, "deterministic", False) for layer in layers):
         rngs = None  # nothing is drawn in eval mode
     keys = None if rngs is None else jax.random.split(rngs.dropout(), len(layers))
@@ -63,6 +66,7 @@ def apply_layers(
         span = slice(run[0], run[-1] + 1) if len(run) > 1 else run[0]
         key, rate = None if keys is None else keys[span], None if rates is None else rates[span]
         x = (_scan if len(run) > 1 else _apply_one)(layers[span], x, key, rate, remat)
+        record(layers[run[-1]], "out", x)
         if run[-1] in out_indices:
             outputs[run[-1]] = x
     return x, outputs
