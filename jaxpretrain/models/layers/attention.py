@@ -15,6 +15,42 @@ from jaxpretrain.models.layers.layer_scale import LayerScale
 from jaxpretrain.models.layers.linear import Linear
 
 
+def scaled_dot_product_attention(
+    module: nnx.Module,
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+    *,
+    scale: float,
+    bias: Float[Array, "..."] | None = None,
+    dropout: Dropout | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> Float[Array, "b n h d"]:
+    """softmax(scale * q k^T + bias) v for each head, in the dtype of q; the softmax is taken in float32 at least.
+
+    Args:
+        module: whose attention this is: the softmaxed weights [B, heads, N, M] are its intermediate "weights".
+        q, k, v: queries, keys and values.
+        scale: factor of the products of queries and keys.
+        bias: added to the logits; broadcastable to [B, heads, N, M].
+        dropout: dropout of the weights, with `rngs` in training.
+    """
+    dropping = dropout is not None and dropout.rate and not dropout.deterministic
+    if q.dtype != jnp.float64 and not dropping and not wanted(module, "weights"):
+        if bias is not None:
+            bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+        # cuDNN's kernel learns a bias for even numbers of tokens only; 14x14 patches with a class token are odd, as are
+        # Swin's windows of 7x7.
+        cudnn = bias is None and _has_cudnn_kernel(q)
+        return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation="cudnn" if cudnn else "xla")
+    # By hand: JAX's function has no dropout, shows no weights, and takes the softmax in float32 even of float64 logits.
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    logits = logits * scale if bias is None else (logits * scale + bias).astype(logits.dtype)
+    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    record(module, "weights", weights)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights if dropout is None else dropout(weights, rngs=rngs), v)
+
+
 class MultiheadAttention(BaseModule):
     """Self-attention with `num_heads` heads of `embed_dims / num_heads` channels each (Vaswani et al., 2017).
 
@@ -61,23 +97,9 @@ class MultiheadAttention(BaseModule):
         b, n, c = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dims)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        dropout = self.attn_drop.rate and not self.attn_drop.deterministic
-        if x.dtype == jnp.float64 or dropout or wanted(self, "weights"):
-            y = self._attend(q, k, v, rngs)
-        else:
-            cudnn = _has_cudnn_kernel(q)
-            y = jax.nn.dot_product_attention(q, k, v, scale=self.scale, implementation="cudnn" if cudnn else "xla")
+        y = scaled_dot_product_attention(self, q, k, v, scale=self.scale, dropout=self.attn_drop, rngs=rngs)
         y = self.proj_drop(self.proj(y.reshape(b, n, c)), rngs=rngs)
         return y if self.gamma1 is None else self.gamma1(y)
-
-    def _attend(
-        self, q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"], rngs: nnx.Rngs | None
-    ) -> Float[Array, "b n h d"]:
-        """The same by hand: JAX's function has no dropout, and takes the softmax in float32 even of float64 logits."""
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
-        weights = jax.nn.softmax(logits * self.scale, axis=-1).astype(q.dtype)
-        record(self, "weights", weights)
-        return jnp.einsum("bhqk,bkhd->bqhd", self.attn_drop(weights, rngs=rngs), v)
 
 
 def _has_cudnn_kernel(q: Float[Array, "b n h d"]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import nnx
@@ -53,9 +53,13 @@ class BaseModule(nnx.Module):
     Layers start from PyTorch's default initialisation. `init_weights` then applies `init_cfg` (MMEngine's dictionaries:
     `dict(type='TruncNormal', layer='Linear', std=0.02)`) from the outermost module inwards, so an inner module has the
     last word, as in MMEngine. Sub-classes with a rule of their own override `init_weights` and call `super()` first.
+
+    Attributes:
+        state_names: what attributes are called in MMPretrain's state dict, where that is not their own name.
     """
 
     init_cfg: Any = None
+    state_names: ClassVar[dict[str, str]] = {}
 
     def derived(self) -> dict[str, np.ndarray]:
         """Arrays that MMPretrain keeps in its state dict and that follow from the arguments: index tables and the like.

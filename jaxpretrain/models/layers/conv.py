@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ class Conv2d(nnx.Module):
         bias: whether there is a bias.
         kernel_init, bias_init: initialisers; PyTorch's defaults if None.
     """
+
+    state_names: ClassVar = {"kernel": "weight"}
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -49,6 +49,8 @@ class FFN(BaseModule):
         ffn_drop: dropout rate in training.
         layer_scale_init_value: start of a LayerScale on the output (`gamma2`); 0 for none.
     """
+
+    state_names: ClassVar = {"fc1": "layers.0.0", "fc2": "layers.1"}
 
     def __init__(
         self,

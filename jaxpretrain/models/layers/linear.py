@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -19,6 +21,8 @@ class Linear(nnx.Module):
         kernel_init: initialiser of the kernel, [in, out]; PyTorch's default if None.
         bias_init: initialiser of the bias, [out]; PyTorch's default if None.
     """
+
+    state_names: ClassVar = {"kernel": "weight"}
 
     def __init__(
         self,

@@ -18,6 +18,8 @@ from jaxpretrain.models.layers.base import freeze
 class LayerNorm(nnx.Module):
     """Normalises the last axis to zero mean and unit (biased) variance, then scales and shifts (Ba et al., 2016)."""
 
+    state_names: ClassVar = {"scale": "weight"}
+
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, *, rngs: nnx.Rngs | None = None):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((num_features,), jnp.float32)) if affine else None
@@ -54,6 +56,7 @@ class BatchNorm(nnx.Module):
     """
 
     torch_names: ClassVar = ("_BatchNorm", "BatchNorm1d", "BatchNorm2d", "SyncBatchNorm")  # in `init_cfg`
+    state_names: ClassVar = {"scale": "weight", "mean": "running_mean", "var": "running_var"}
 
     def __init__(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,21 +32,24 @@ def apply_layers(
     scan_layers: bool = False,
     remat: str = "none",
     out_indices: Collection[int] = (),
+    shared: Mapping[str, Any] = {},
 ) -> tuple[Float[Array, "b ..."], dict[int, Float[Array, "b ..."]]]:
     """Applies `layers` one after the other. All forms give the same values, gradients and random draws.
 
-    A layer is called as `layer(x, rngs=rngs, drop_path_rate=rate)` and has an attribute `drop_path_rate`; for the
-    scanned form and for remat, it may hold `nnx.Param` and `Frozen` variables only (no running statistics).
+    A layer is called as `layer(x, rngs=rngs, drop_path_rate=rate, **shared)` and has an attribute `drop_path_rate`; for
+    the scanned form and for remat, it may hold `nnx.Param` and `Frozen` variables only (no running statistics).
 
     Args:
         layers: the blocks; parameters are kept per block.
         x: input of the first.
         rngs: for dropout and drop path; each layer gets a key of its own. Not used where all layers are `deterministic`.
-        scan_layers: stacks the parameters of consecutive layers that are alike (equal but for values and
-            `drop_path_rate`) and scans over them: the program's size and compile time no longer grow with depth.
+        scan_layers: stacks the parameters of layers that are alike (equal but for values and `drop_path_rate`) and
+            scans over them: the program's size and compile time no longer grow with depth. Layers may also take turns,
+            as Swin's with and without shift: then each step of the scan does one turn.
         remat: what is recomputed in the backward pass: 'none', 'full' (everything within a block), or 'dots' (all but
             the results of matmuls with weights).
         out_indices: the layers whose outputs are wanted, from 0 (negative ones are not understood).
+        shared: further arguments that all layers get, such as a position bias; arrays have gradients too.
 
     Returns:
         The output of the last layer, and {index: output of that layer} for `out_indices`, in order.
@@ -61,25 +65,48 @@ def apply_layers(
     own = [layer.drop_path_rate for layer in layers]
     # Arrays in every form, unless all are zero: a layer of rate zero then draws as the others do, scanned or not.
     rates = jnp.asarray(own, jnp.float32) if any(own) else None
+    apply = partial(_apply_one, remat=remat, shared=shared)
     outputs = {}
-    for run in _alike_runs(layers, out_indices) if scan_layers else [[i] for i in range(len(layers))]:
-        span = slice(run[0], run[-1] + 1) if len(run) > 1 else run[0]
-        key, rate = None if keys is None else keys[span], None if rates is None else rates[span]
-        x = (_scan if len(run) > 1 else _apply_one)(layers[span], x, key, rate, remat)
-        record(layers[run[-1]], "out", x)
-        if run[-1] in out_indices:
-            outputs[run[-1]] = x
+    for start, period, turns in _runs(layers, out_indices) if scan_layers else [(i, 1, 1) for i in range(len(layers))]:
+        last = start + period * turns - 1
+        if turns == 1:
+            x = apply(layers[last], x, None if keys is None else keys[last], None if rates is None else rates[last])
+        else:
+            span = slice(start, last + 1)
+            keys_, rates_ = (None if a is None else a[span].reshape(turns, period) for a in (keys, rates))
+            x = _scan(apply, layers[span], period, x, keys_, rates_)
+        record(layers[last], "out", x)
+        if last in out_indices:
+            outputs[last] = x
     return x, outputs
 
 
-def _alike_runs(layers: Sequence[Any], out_indices: Collection[int]) -> list[list[int]]:
-    """The indices of the layers in runs that one scan can do: alike, and no output wanted but the last one's."""
-    kinds = [_split(layer)[0] for layer in layers]
+def _runs(layers: Sequence[Any], out_indices: Collection[int]) -> list[tuple[int, int, int]]:
+    """Cuts the layers into runs (first layer, period, turns): `turns` times the same `period` kinds of layers.
 
-    def run_of(i: int) -> tuple[Any, int]:
-        return kinds[i], sum(j < i for j in out_indices)
+    A wanted output is the last of its run. A run of one turn has one layer.
+    """
+    graphdefs = [_split(layer)[0] for layer in layers]
+    kinds = [graphdefs.index(graphdef) for graphdef in graphdefs]
+    ends = sorted({i + 1 for i in out_indices if 0 <= i < len(layers)} | {len(layers)})
+    runs, start = [], 0
+    for end in ends:
+        while start < end:
+            rest = kinds[start:end]
+            periods = range(1, len(rest) // 2 + 1)
+            repeats = [(period, turns) for period in periods if (turns := _turns(rest, period)) > 1]
+            period, turns = max(repeats, key=math.prod, default=(1, 1))  # the most layers, with the shortest period
+            runs.append((start, period, turns))
+            start += period * turns
+    return runs
 
-    return [list(run) for _, run in itertools.groupby(range(len(layers)), key=run_of)]
+
+def _turns(kinds: list[int], period: int) -> int:
+    """How many times the first `period` kinds follow each other at the beginning."""
+    turns = 1
+    while kinds[turns * period : (turns + 1) * period] == kinds[:period]:
+        turns += 1
+    return turns
 
 
 def _split(layer: Any) -> tuple[nnx.GraphDef, list[dict]]:
@@ -93,29 +120,51 @@ def _split(layer: Any) -> tuple[nnx.GraphDef, list[dict]]:
     return graphdef, [nnx.to_pure_dict(state) for state in states]
 
 
-def _call(layer: Any, x: Array, key: Array | None, rate: Array | None) -> Array:
-    return layer(x, rngs=None if key is None else nnx.Rngs(dropout=key), drop_path_rate=0.0 if rate is None else rate)
+def _apply_one(
+    layer: Any,
+    x: Array,
+    key: Array | None,
+    rate: Array | None,
+    *,
+    remat: str,
+    shared: Mapping[str, Any],
+    prevent_cse: bool = True,
+) -> Array:
+    def call(layer: Any, x: Array, key: Array | None, rate: Array | None) -> Array:
+        rngs = None if key is None else nnx.Rngs(dropout=key)
+        return layer(x, rngs=rngs, drop_path_rate=0.0 if rate is None else rate, **shared)
 
-
-def _apply_one(layer: Any, x: Array, key: Array | None, rate: Array | None, remat: str) -> Array:
     if remat == "none":
-        return _call(layer, x, key, rate)
+        return call(layer, x, key, rate)
     graphdef, weights = _split(layer)
 
-    def body(weights: list[dict], x: Array, key: Array | None, rate: Array | None) -> Array:
-        return _call(nnx.merge(graphdef, *weights), x, key, rate)
+    def body(weights: list[dict], *args: Any) -> Array:
+        return call(nnx.merge(graphdef, *weights), *args)
 
-    return jax.checkpoint(body, policy=_POLICIES[remat])(weights, x, key, rate)
+    return jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=prevent_cse)(weights, x, key, rate)
 
 
-def _scan(layers: Sequence[Any], x: Array, keys: Array | None, rates: Array | None, remat: str) -> Array:
-    graphdef = _split(layers[0])[0]
-    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[_split(layer)[1] for layer in layers])
+def _scan(
+    apply: Callable[..., Array],
+    layers: Sequence[Any],
+    period: int,
+    x: Array,
+    keys: Array | None,
+    rates: Array | None,
+) -> Array:
+    """`layers` in turns of `period`; `keys` and `rates` are [turns, period]."""
+    split = [_split(layer) for layer in layers]
+    weights = [
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *[weights for _, weights in split[i::period]])
+        for i in range(period)
+    ]
 
-    def body(x: Array, per_layer: tuple) -> tuple[Array, None]:
-        weights, key, rate = per_layer
-        return _call(nnx.merge(graphdef, *weights), x, key, rate), None
+    def turn(x: Array, per_turn: tuple) -> tuple[Array, None]:
+        weights, keys, rates = per_turn
+        for i in range(period):
+            layer = nnx.merge(split[i][0], *weights[i])
+            key, rate = None if keys is None else keys[i], None if rates is None else rates[i]
+            x = apply(layer, x, key, rate, prevent_cse=False)  # iterations of a scan cannot be merged by CSE
+        return x, None
 
-    if remat != "none":  # a scan's iterations cannot be merged by common-subexpression elimination
-        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (weights, keys, rates))[0]
+    return jax.lax.scan(turn, x, (weights, keys, rates))[0]
