@@ -15,17 +15,9 @@ from jaxpretrain.interop.rules import InteropError, State
 
 # Where training scripts keep the weights inside their checkpoints, in the order of preference.
 KEYS = (
-    "state_dict",
-    "model",
-    "teacher",
-    "model_state_dict",
-    "model_state",
-    "module",
-    "net",
-    "params",
-    "state_dict_ema",
+    *("state_dict", "model", "teacher", "model_state_dict", "model_state", "module", "net", "params"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "student"),
 )
-KEYS += ("model_ema", "ema_state_dict", "student")
 
 # What MMEngine's and the papers' scripts put beside the weights. None of it is needed, so it is read as a placeholder that
 # does nothing; every other class in a file makes PyTorch refuse it.

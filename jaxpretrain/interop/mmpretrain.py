@@ -30,14 +30,14 @@ def names(model: nnx.Module) -> dict[str, Path]:
     return found
 
 
-def _rename(module: Any, part: str | int) -> str | int:
+def _rename(module: Any, part: Any) -> Any:
     return getattr(module, "state_names", {}).get(part, part)
 
 
 def derived(model: nnx.Module) -> dict[str, np.ndarray]:
     """The arrays in MMPretrain's state dict that follow from the arguments (see `BaseModule.derived`), by name."""
     modules = dict(nnx.iter_modules(model))
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for path, module in modules.items():
         if isinstance(module, BaseModule):
             prefix = ".".join(str(_rename(modules.get(path[:i]), part)) for i, part in enumerate(path))
