@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpretrain.build import build
+from jaxpretrain.interop import mmpretrain
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # of the largest magnitude; PyTorch's own float32 noise is 1e-6
@@ -62,44 +63,30 @@ def our_name(key: str) -> str:
 
 
 def fill_by_reference(module: nnx.Module, manifest: list, prefix: str = "", skip: str | None = None) -> None:
-    """Writes the reference's weights into `module`, in place; both sides must match completely.
+    """Writes the reference's weights into `module`, in place, by the library's own importer; both sides must match.
 
     Args:
         module: what to fill.
         manifest: rows [key, shape, (dtype,) fill, ...] of a golden file.
         prefix: only keys that start so are used, and lose it.
-        skip: regular expression of keys of the reference that we derive instead of storing.
+        skip: regular expression of keys of the reference that we derive instead of storing; those that
+            `BaseModule.derived` gives need not be named.
     """
-    variables = {}
-    for path, variable in nnx.state(module).flat_state():
-        variables[".".join(map(str, path))] = variable
-    wanted = dict(variables)
-    missing = []
+    state = {}
+    shapes, derived = mmpretrain.shapes(module), mmpretrain.derived(module)
     for row in manifest:
         key, shape = row[0], tuple(row[1])
         fill = next(part for part in row[2:] if part not in ("float32", "int64", "bool", "int32"))
+        name = key.removeprefix(prefix)
         if not key.startswith(prefix) or (skip and re.search(skip, key)):
             continue
-        name = our_name(key[len(prefix) :])
-        if name.endswith(".weight"):
-            stem = name.removesuffix("weight")
-            name = next((stem + leaf for leaf in ("kernel", "scale", "weight") if stem + leaf in variables), name)
-        if name not in variables:
-            missing.append(f"{key} -> {name} {shape}")
+        if name in derived:
+            assert derived[name].shape == shape, f"{key}: {derived[name].shape} is not {shape}"
             continue
-        wanted.pop(name, None)
-        if fill == "as_built":
-            continue
-        value = reference_weight(key, shape, fill)
-        if name.endswith("kernel"):
-            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        variable = variables[name]
-        assert variable.shape == value.shape, f"{key}: {value.shape} does not fit {name} {variable.shape}"
-        variable.set_value(value.astype(variable.dtype))
-    assert not missing and not wanted, f"no place for {missing}; not filled: {sorted(wanted)}"
-    nnx.update(
-        module, nnx.State.from_flat_path({tuple(_key(p) for p in k.split(".")): v for k, v in variables.items()})
-    )
+        # A counter starts at 0. (The reference's other values of this kind are derived.)
+        state[name] = np.zeros(shape, np.int64) if fill == "as_built" else reference_weight(key, shape, fill)
+    assert {k: v.shape for k, v in state.items()} == shapes, set(shapes) ^ set(state)
+    mmpretrain.fill(module, mmpretrain.from_state_dict(module, state))
 
 
 def _key(part: str) -> str | int:

@@ -202,9 +202,17 @@ def test_transformers_in_float32(case):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    ["mocov3_vit", "simclr_resnet18_lars", "sup_resnet18_sgd", "sup_resnet18_ema", "sup_resnet18_accum2"],
+    [
+        "mae_vit",
+        "sup_vit_adamw_mixup",
+        "mocov3_vit",
+        "simclr_resnet18_lars",
+        "sup_resnet18_sgd",
+        "sup_resnet18_ema",
+        "sup_resnet18_accum2",
+    ],
 )
-def test_batch_norm_in_float64(case):
+def test_all_in_float64(case):
     with jax.enable_x64(True):
         check(case, np.float64, 1e-7)
 
