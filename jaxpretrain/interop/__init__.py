@@ -1,6 +1,7 @@
 """Weights of PyTorch <-> ours: one invertible table of names per foreign layout (see `rules`), and the files they come in."""
 
+from jaxpretrain.interop.fitting import Report
 from jaxpretrain.interop.rules import InteropError
-from jaxpretrain.interop.weights import Report, export, load_weights, read_weights, save_weights
+from jaxpretrain.interop.weights import export, load_weights, read_weights, save_weights
 
 __all__ = ["InteropError", "Report", "export", "load_weights", "read_weights", "save_weights"]

@@ -57,14 +57,14 @@ def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
 def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     """The model's weights by MMPretrain's names and in PyTorch's axes; views where possible. Counters are int64."""
     variables = dict(nnx.state(model).flat_state())
-    state = {name: _to_torch(path, variables[path].get_value()) for name, path in names(model).items()}
+    state = {name: to_torch(path, variables[path].get_value()) for name, path in names(model).items()}
     return state | derived(model)
 
 
 def from_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> dict[Path, np.ndarray]:
     """The arrays of `state`, whose names and shapes are the model's, by path, in our axes; views of them."""
     paths = names(model)
-    return {paths[name]: _from_torch(paths[name], array) for name, array in state.items()}
+    return {paths[name]: from_torch(paths[name], array) for name, array in state.items()}
 
 
 def fill(model: nnx.Module, arrays: Mapping[Path, np.ndarray]) -> None:
@@ -100,11 +100,13 @@ def _axes(path: Path, ndim: int) -> tuple[int, ...]:
     return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
-def _to_torch(path: Path, value: Any) -> np.ndarray:
+def to_torch(path: Path, value: Any) -> np.ndarray:
+    """An array of ours with PyTorch's order of axes; a view. Counters become int64."""
     array = np.asarray(value)
     array = array.transpose(_axes(path, array.ndim))
     return array.astype(np.int64) if array.dtype == np.int32 else array
 
 
-def _from_torch(path: Path, array: np.ndarray) -> np.ndarray:
+def from_torch(path: Path, array: np.ndarray) -> np.ndarray:
+    """An array of PyTorch's with our order of axes; a view."""
     return np.asarray(array).transpose(np.argsort(_axes(path, np.ndim(array))))

@@ -68,6 +68,13 @@ class BaseModule(nnx.Module):
         """
         return {}
 
+    def adapt(self, name: str, array: np.ndarray) -> np.ndarray | None:
+        """The loaded `array` of this module's variable `name`, brought to the shape that the variable has here.
+
+        For tables of positions, which images of another size need in another size. None: there is no way.
+        """
+        return None
+
     def init_weights(self, rngs: nnx.Rngs) -> None:
         """Initialises this module and all below it, in place."""
         apply_init_cfg(self, self.init_cfg, rngs)

@@ -1,0 +1,223 @@
+"""Fitting a state dict to a model: which layout it has, what of it goes where, and what is left over."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxpretrain.build import nearest
+from jaxpretrain.interop import mmpretrain as hub
+from jaxpretrain.interop.rules import InteropError, Rule, State, Table, describe_leftovers, translate
+from jaxpretrain.models.layers.base import BaseModule
+
+logger = logging.getLogger("jaxpretrain")
+
+# Layout -> module with its tables: {class of the backbone or method: function of (backbone, model) that gives a Table}.
+LAYOUTS = {
+    "timm": "jaxpretrain.interop.timm",
+    "torchvision": "jaxpretrain.interop.torchvision",
+    "hf": "jaxpretrain.interop.huggingface",
+    **dict.fromkeys(
+        ("deit", "dino", "dinov2", "mae", "moco", "mocov3", "beit", "eva", "clip", "sam", "swin"),
+        "jaxpretrain.interop.originals",
+    ),
+}
+# `steps` and `module.` are of the averaged weights that MMEngine keeps beside the others.
+_MMPRETRAIN = Table([Rule("{rest}", "{rest}")], ignore=("^steps$",), prefixes=("module.",))
+
+
+@dataclass
+class Report:
+    """What reading weights came to.
+
+    Attributes:
+        source: where they come from.
+        layout: 'jaxpretrain', 'mmpretrain', 'timm', ...
+        arrays: path in the model -> array, in our axes.
+        ignored: names in the source that are no part of the model.
+        reinitialised: names in the model that the source did not give, on request.
+    """
+
+    source: str
+    layout: str
+    arrays: dict[hub.Path, np.ndarray]
+    ignored: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        text = f"{len(self.arrays)} arrays from {self.source} (layout {self.layout})"
+        text += f", {len(self.ignored)} left out" if self.ignored else ""
+        return text + (f", initialised anew: {', '.join(self.reinitialised)}" if self.reinitialised else "")
+
+
+def tables(layout: str, model: nnx.Module) -> Table | None:
+    """The table of a layout for a model; None if the layout knows no such model."""
+    if layout == "mmpretrain":
+        return _MMPRETRAIN
+    backbone = getattr(model, "backbone", model)
+    known: Mapping[str, Callable] = importlib.import_module(LAYOUTS[layout]).TABLES[layout]
+    for kind in (*type(model).__mro__, *type(backbone).__mro__):
+        if kind.__name__ in known:
+            return known[kind.__name__](backbone, model)
+    return None
+
+
+@dataclass
+class Fit:
+    """What one layout makes of a state dict for a model. Names are MMPretrain's, with `backbone.` for bare backbones too.
+
+    Attributes:
+        layout: its name.
+        state: the arrays that have a place, by name; those of another shape among them.
+        shapes: the model's arrays to be filled: name -> shape in PyTorch.
+        derived: arrays that follow from the model's arguments.
+        unused: names without a place -> shape.
+        ignored: names that the layout leaves out.
+        incomplete: messages about rules of which only some names are there.
+        reinit: names in the model that are to be initialised anew.
+    """
+
+    layout: str
+    state: State
+    shapes: dict[str, tuple[int, ...]]
+    derived: State
+    unused: dict[str, tuple[int, ...]]
+    ignored: list[str]
+    incomplete: list[str]
+    reinit: set[str]
+
+    def missing(self) -> dict[str, tuple[int, ...]]:
+        """What of the model got nothing."""
+        return {name: size for name, size in self.shapes.items() if name not in self.state and name not in self.reinit}
+
+    def wrong(self) -> dict[str, tuple[Sequence[int], Sequence[int]]]:
+        """What has another shape: name -> (the file's, the model's)."""
+        pairs = {name: (self.state[name].shape, size) for name, size in self.shapes.items() if name in self.state}
+        return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+    def leftovers(self) -> int:
+        """How badly it fits: 0 is perfect."""
+        return len(self.unused) + len(self.missing()) + len(self.wrong()) + len(self.incomplete)
+
+    def check(self, source: str) -> None:
+        """Raises InteropError with a line for everything that does not fit."""
+        lines = describe_leftovers(self.unused, self.missing(), self.wrong(), self.incomplete)
+        lines += [
+            f"another table   {name}: the file's is not what follows from this model's settings"
+            for name, array in self.derived.items()
+            if name in self.state and array.shape == self.state[name].shape
+            if not np.allclose(array, self.state[name], rtol=1e-5, atol=1e-6)
+        ]
+        if lines:
+            lines = [f"{source} does not fit (layout {self.layout!r}):", *(f"  {line}" for line in lines)]
+            raise InteropError("\n".join([*lines, *self._advice()]))
+
+    def _advice(self) -> list[str]:
+        advice = []
+        if any(name.startswith("head.") for name in self.wrong()):
+            advice.append(
+                "The head is for another number of classes: reinit_head=True (--reinit-head) starts a new one."
+            )
+        elif any(name.startswith("head.") for name in self.missing()):
+            advice.append("The file has no such head: reinit_head=True (--reinit-head) starts a new one.")
+        if self.unused:
+            advice.append("What is no part of the model can be left out by name: drop=[regular expression] (--drop).")
+            advice.append("To take only the encoder out of a larger file: part='backbone' (--part=backbone).")
+        return advice
+
+
+def recognise(model: nnx.Module, state: State, layout: str, part: str | None, reinit_head: bool) -> Fit:
+    """The fit of the layout asked for, or with 'auto' of the one that leaves least over; not yet checked."""
+    if layout != "auto":
+        return _fit(model, state, layout, table_of(layout, model), part, reinit_head)
+    fits = []
+    for name in ("mmpretrain", *LAYOUTS):
+        if (table := tables(name, model)) is not None:
+            fits.append(_fit(model, state, name, table, part, reinit_head))
+            if not fits[-1].leftovers():
+                break
+    return min(fits, key=Fit.leftovers)
+
+
+def table_of(layout: str, model: nnx.Module) -> Table:
+    """The table of a layout that the user named. Raises InteropError if there is none."""
+    if layout not in ("mmpretrain", *LAYOUTS):
+        raise InteropError(f"There is no layout {layout!r}.{nearest(layout, ('auto', 'mmpretrain', *LAYOUTS))}")
+    table = tables(layout, model)
+    if table is None:
+        kind = type(getattr(model, "backbone", model)).__name__
+        fitting = [name for name in ("mmpretrain", *LAYOUTS) if tables(name, model) is not None]
+        raise InteropError(f"The layout {layout!r} has no {kind}; layouts that have: {', '.join(fitting)}")
+    return table
+
+
+def with_root(named: Mapping[str, Any], model: nnx.Module) -> dict[str, Any]:
+    """The same by names that begin with `backbone.`, if the model is a bare backbone."""
+    return dict(named) if hasattr(model, "backbone") else {f"backbone.{name}": value for name, value in named.items()}
+
+
+def _fit(model: nnx.Module, state: State, layout: str, table: Table, part: str | None, reinit_head: bool) -> Fit:
+    shapes, derived = with_root(hub.shapes(model), model), with_root(hub.derived(model), model)
+    state = {_strip(name, table): array for name, array in state.items()}
+    if layout == "mmpretrain" and not any(name.startswith("backbone.") for name in state):
+        state = with_root(state, model)
+    result = translate(state, table)
+    if part is not None:
+        shapes, result.state = (
+            {name: value for name, value in named.items() if name.startswith(f"{part}.")}
+            for named in (shapes, result.state)
+        )
+    reinit = {
+        name
+        for name, size in shapes.items()
+        if reinit_head and name.startswith("head.") and (name not in result.state or result.state[name].shape != size)
+    }
+    translated = {n: v for n, v in result.state.items() if not (reinit and n.startswith("head."))}
+    if reinit:  # a new head is all new
+        reinit = {name for name in shapes if name.startswith("head.")}
+    unused = {name: state[name].shape for name in result.unused}
+    unused |= {name: array.shape for name, array in translated.items() if name not in shapes | derived.keys()}
+    kept = {name: array for name, array in translated.items() if name in shapes | derived.keys()}
+    fit = Fit(layout, kept, shapes, derived, unused, result.ignored, result.incomplete, reinit)
+    _adapt(model, fit)
+    return fit
+
+
+def _adapt(model: nnx.Module, fit: Fit) -> None:
+    """Lets modules bring tables of positions for another size of images to their own (see `BaseModule.adapt`)."""
+    paths, modules = with_root(hub.names(model), model), dict(nnx.iter_modules(model))
+    for name in fit.wrong():
+        *owner, leaf = paths[name]
+        module = modules.get(tuple(owner))
+        if isinstance(module, BaseModule):
+            adapted = module.adapt(leaf, hub.from_torch(paths[name], fit.state[name]))
+            if adapted is not None:
+                logger.info("%s: resized from %s to %s", name, fit.state[name].shape, adapted.shape)
+                fit.state[name] = hub.to_torch(paths[name], adapted)
+
+
+def _strip(name: str, table: Table) -> str:
+    for prefix in (*table.prefixes, table.prefix):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def for_export(table: Table, model: nnx.Module) -> Table:
+    """The table with the foreign prefix of backbones put back, where the model has a head."""
+    if not table.prefix or getattr(model, "head", None) is None:
+        return table
+
+    def prefixed(names: str | tuple[str, ...]) -> Any:
+        return table.prefix + names if isinstance(names, str) else tuple(table.prefix + name for name in names)
+
+    def is_backbone(rule: Rule) -> bool:
+        return (rule.ours if isinstance(rule.ours, str) else rule.ours[0]).startswith("backbone.")
+
+    rules = [Rule(prefixed(r.theirs), r.ours, r.transform) if is_backbone(r) else r for r in table.rules]
+    return Table(rules, table.ignore, table.prefix, table.prefixes)
