@@ -28,7 +28,8 @@ def base_config() -> ConfigDict:
             seed=0,
             # What learns: dict(type='MAE', backbone=..., neck=..., head=...).
             method=None,
-            # Weights to start from: a workdir or checkpoint directory of ours; the optimizer starts afresh.
+            # Weights to start from: a workdir of ours, converted weights, a .pth or .safetensors file in any layout; or
+            # dict(path=..., part='backbone', ...) with options of interop.read_weights. The optimizer starts afresh.
             load_from=None,
             # Data. `batch_size` is global and belongs to one optimizer step; `accumulative_counts` cuts it into
             # micro-batches that run one after the other, for when it does not fit.

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpretrain import flops
 from jaxpretrain.build import ConfigError, nearest
-from jaxpretrain.checkpoint import Checkpointer, load_params
+from jaxpretrain.checkpoint import Checkpointer
 from jaxpretrain.cli import ExpectedFailure
 from jaxpretrain.config import to_plain
 from jaxpretrain.data.device import DevicePipeline
@@ -31,6 +31,7 @@ from jaxpretrain.data.prefetch import device_prefetch
 from jaxpretrain.distributed import wait_for_all
 from jaxpretrain.evaluators.base import run_all
 from jaxpretrain.evaluators.context import make_context, make_evaluators
+from jaxpretrain.interop import starting_weights
 from jaxpretrain.logs import Clock, MetricLogger
 from jaxpretrain.models.heads import ClsHead
 from jaxpretrain.optim import base_lr, build_optimizer, learning_rates, scale_lr, weight_decays
@@ -195,10 +196,7 @@ class Trainer:
         )
         if self.checkpointer.latest_step() is None:
             state = jax.jit(self.init, out_shardings=self.shardings)()
-            if self.config.load_from:
-                loaded = load_params(self.config.load_from, abstract=dict(abstract, ema={}))
-                state = dict(state, params=loaded.state["params"], model_state=loaded.state["model_state"])
-                logger.info("weights from step %d of %s", loaded.step, self.config.load_from)
+            state = self._load_weights(state)
             if jax.process_index() == 0:
                 (self.workdir / "config.json").write_text(json.dumps(to_plain(self.config), indent=2))
             return state, 0
@@ -207,6 +205,36 @@ class Trainer:
         self.clock.load_state_dict(restored.clock)
         logger.info("continuing from step %d of %d in %s", restored.step, self.total_steps, self.workdir)
         return restored.state, restored.step
+
+    def _load_weights(self, state: State) -> State:
+        """The state with the weights that `load_from` and `init_cfg` of type Pretrained name, from wherever they are."""
+        method = make_method(self.config)
+        arrays = starting_weights(method, to_plain(self.config.load_from))
+        if not arrays:
+            return state
+
+        def replace(prefix: str) -> Any:
+            def one(path: tuple, x: jax.Array) -> jax.Array:
+                array = arrays.get(tuple(key.key for key in path))
+                if array is None:
+                    return x
+                array = np.asarray(array, x.dtype)
+                return jax.make_array_from_callback(x.shape, x.sharding, lambda index: array[index])
+
+            return jax.tree_util.tree_map_with_path(one, state[prefix])
+
+        state = dict(state, params=replace("params"), model_state=replace("model_state"))
+        teacher = any("momentum_encoder" in path for path in arrays)
+        if hasattr(method, "reset_teacher") and not teacher:
+            state["model_state"] = jax.jit(self._with_new_teacher, out_shardings=self.shardings["model_state"])(state)
+        if self.config.ema:
+            state["ema"] = jax.tree.map(jnp.copy, state["params"])
+        return state
+
+    def _with_new_teacher(self, state: State) -> Any:
+        method = nnx.merge(self.graphdef, state["params"], state["model_state"])
+        method.reset_teacher()
+        return split(method)[2]
 
     def _should_save(self, step: int, scores: dict[str, float] | None, preempted: bool) -> bool:
         if preempted:

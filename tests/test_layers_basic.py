@@ -314,7 +314,6 @@ def test_override_and_bias_prob():
         (dict(type="Kaiming", layer="Linear", mode="fan"), "'fan_in' or 'fan_out'"),
         (dict(type="Constant", layer="Linear"), "needs val"),
         (dict(type="Constant", val=1, override=dict(name="fd")), "names no part of Inner: 'fd'"),
-        (dict(type="Pretrained", checkpoint="x.pth"), "load the weights after building"),
     ],
 )
 def test_wrong_rules_are_named(rule, message):

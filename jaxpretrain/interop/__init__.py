@@ -2,6 +2,6 @@
 
 from jaxpretrain.interop.fitting import Report
 from jaxpretrain.interop.rules import InteropError
-from jaxpretrain.interop.weights import export, load_weights, read_weights, save_weights
+from jaxpretrain.interop.weights import export, load_weights, read_weights, save_weights, starting_weights
 
-__all__ = ["InteropError", "Report", "export", "load_weights", "read_weights", "save_weights"]
+__all__ = ["InteropError", "Report", "export", "load_weights", "read_weights", "save_weights", "starting_weights"]

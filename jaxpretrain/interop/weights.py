@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from jaxpretrain.interop import files
 from jaxpretrain.interop import mmpretrain as hub
 from jaxpretrain.interop.fitting import Report, for_export, recognise, table_of, with_root
 from jaxpretrain.interop.rules import InteropError, State, translate
+
+logger = logging.getLogger("jaxpretrain")
 
 OURS = "jaxpretrain"  # the layout of our own directories
 
@@ -85,6 +88,31 @@ def load_weights(model: Any, src: str | os.PathLike | Mapping[str, Any], *, seed
             f"{report.source} gives {options['part']} alone; build the model with its other weights first"
         )
     return report
+
+
+def starting_weights(method: nnx.Module, load_from: Any = None) -> dict[hub.Path, np.ndarray]:
+    """The arrays that training starts from instead of random ones, by path.
+
+    Args:
+        method: the network, which may be abstract. Modules in it with `init_cfg=dict(type='Pretrained', checkpoint=...,
+            prefix='backbone.')` get those weights; `layout`, `key` and `drop` may be said there too (see `read_weights`).
+        load_from: a path for the method as a whole, or a mapping of it (`path`) and options of `read_weights`.
+    """
+    arrays: dict[hub.Path, np.ndarray] = {}
+    if load_from:
+        options = dict(load_from) if isinstance(load_from, Mapping) else dict(path=load_from)
+        report = read_weights(method, options.pop("path"), **options)
+        logger.info("%s", report)
+        arrays |= report.arrays
+    for path, module in nnx.iter_modules(method):
+        cfg = getattr(module, "init_cfg", None)
+        if isinstance(cfg, Mapping) and cfg.get("type") == "Pretrained":
+            options = {name: cfg[name] for name in ("layout", "key", "drop") if name in cfg}
+            part = cfg["prefix"].rstrip(".") if cfg.get("prefix") else None
+            report = read_weights(module, cfg["checkpoint"], part=part, **options)
+            logger.info("%s: %s", ".".join(map(str, path)) or type(module).__name__, report)
+            arrays |= {path + inner: array for inner, array in report.arrays.items()}
+    return arrays
 
 
 def export(model: nnx.Module, layout: str = "mmpretrain") -> State:
@@ -161,10 +189,10 @@ def _read_directory(core: nnx.Module, path: Path, which: str | None) -> State:
     flat = flatten(state["ema"] or state["params"]) | flatten(state["model_state"])
     names = {strings(path): name for name, path in hub.names(core).items()}
     found = {}
-    for path, array in flat.items():
-        if path[0] == "model":  # of the method `Supervised`
-            path = path[1:]
-        bare = path[1:] if path[0] == "backbone" and not hasattr(core, "backbone") else path
-        name = names.get(strings(path)) or names.get(strings(bare)) or ".".join(strings(path))
-        found[name] = hub.to_torch(path, array)
+    for keys, array in flat.items():
+        keys = keys[1:] if keys[0] == "model" else keys  # of the method `Supervised`
+        bare = keys[1:] if keys[0] == "backbone" and not hasattr(core, "backbone") else keys
+        found[names.get(strings(keys)) or names.get(strings(bare)) or ".".join(strings(keys))] = hub.to_torch(
+            keys, array
+        )
     return found
