@@ -22,14 +22,15 @@ class BadImage(ValueError):
 def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """The pixels of an encoded image (JPEG, PNG, WebP, BMP, TIFF, GIF, ...: whatever Pillow reads).
 
-    As OpenCV's IMREAD_COLOR, so as MMPretrain reads them: EXIF orientation is applied, grey is repeated to three
-    channels, alpha is dropped (not blended), 16-bit grey keeps its high byte. Palettes are looked up and CMYK goes
-    through Pillow's conversion. Of an animation, the first frame.
+    To the last grey level what OpenCV's IMREAD_COLOR, so MMPretrain, reads: EXIF orientation is applied (also of PNG,
+    WebP and TIFF), grey is repeated to three channels, palettes are looked up, alpha and transparent colours are dropped
+    (not blended), 16 bits keep their high byte, the CMYK of JPEG is mixed in OpenCV's integers; colour profiles and
+    gamma are ignored. Of an animation, the first frame. Known differences: OpenCV rounds colour TIFF of 16 bits (one
+    grey level) and blends TIFF's alpha with black; its version 4 does not turn WebP; its GIF has holes of its own.
 
     Raises:
         BadImage: empty, truncated, not an image, without pixels, over MAX_PIXELS, or in a pixel format without a
-            natural
-            8-bit form (floating point).
+            natural 8-bit form (floating point; OpenCV refuses it too).
     """
     if not data:
         raise BadImage("empty file")
@@ -113,7 +114,7 @@ def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(ImageOps.exif_transpose(image), jpeg=image.format == "JPEG")
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -122,13 +123,25 @@ def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         raise BadImage(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
 
 
-def _to_rgb(image) -> UInt8[np.ndarray, "h w 3"]:
-    """A Pillow image of any mode as RGB."""
+def _to_rgb(image, jpeg: bool) -> UInt8[np.ndarray, "h w 3"]:
+    """A Pillow image of any mode as RGB. `jpeg`: it was read from a JPEG file."""
     if image.mode.startswith("I"):  # 16 bits, in `I;16*` or in the 32 bits of `I`
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return as_rgb(grey)
     if image.mode == "F":
         raise BadImage("floating-point pixels have no fixed range")
+    if image.mode == "CMYK" and jpeg:
+        return _mix_inks(np.asarray(image))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow asks for this detour where a palette has transparent entries
     return np.array(image.convert("RGB"))
+
+
+def _mix_inks(cmyk: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Cyan, magenta, yellow and black (255: full ink) as RGB: white x (1 - ink) x (1 - black), in OpenCV's fixed point.
+
+    OpenCV divides by 256 where 255 would be right, and so is a grey level lighter than Pillow's conversion.
+    """
+    inks = cmyk.astype(np.uint16)
+    light = 255 - inks[..., 3:]
+    return (light - (inks[..., :3] * light >> 8)).astype(np.uint8)

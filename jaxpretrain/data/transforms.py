@@ -221,6 +221,37 @@ class CenterCrop(Transform):
         return crop(image, Box(max(0, round((h - height) / 2)), max(0, round((w - width) / 2)), height, width))
 
 
+class EfficientNetCenterCrop(Transform):
+    """A central square, then resized: as EfficientNet is tested (Tan & Le, 2019; their TPU code's preprocessing).
+
+    The square's edge is `crop_size / (crop_size + crop_padding)` of the image's shorter edge, rounded down.
+
+    Args:
+        crop_size: edge length of the result.
+        crop_padding: 32 leaves a margin all around; 0 crops along the longer edge alone.
+        interpolation, backend: see `resize`.
+    """
+
+    def __init__(self, crop_size: int, crop_padding: int = 32, interpolation: str = "bicubic", backend: str = "cv2"):
+        if not isinstance(crop_size, int) or crop_padding < 0:
+            raise ConfigError(
+                f"EfficientNetCenterCrop: crop_size={crop_size!r} must be one number, and crop_padding={crop_padding} "
+                "must not be negative"
+            )
+        self.crop_size = _pair(crop_size, "EfficientNetCenterCrop: crop_size")
+        self.fraction = crop_size / (crop_size + crop_padding)
+        self.interpolation, self.backend = check_filter("EfficientNetCenterCrop", interpolation, backend)
+
+    def box(self, height: int, width: int) -> Box:
+        """The square that is cut out. Its position comes from the length before rounding."""
+        edge = self.fraction * min(height, width)
+        top, left = (max(0, round((length - edge) / 2)) for length in (height, width))
+        return Box(top, left, max(1, int(edge)), max(1, int(edge)))
+
+    def apply(self, image: Image, parameters: Any) -> Image:
+        return resize(crop(image, self.box(*image.shape[:2])), self.crop_size, self.backend, self.interpolation)
+
+
 class RandomCrop(Transform):
     """A part of fixed size at a random place.
 
@@ -372,6 +403,7 @@ TRANSFORMS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         CenterCrop,
+        EfficientNetCenterCrop,
         LoadImageFromFile,
         MultiView,
         PackInputs,
