@@ -35,6 +35,7 @@ def read_weights(
     part: str | None = None,
     drop: Sequence[str] = (),
     reinit_head: bool = False,
+    seed: int = 0,
 ) -> Report:
     """The weights of `src` for `model`, which is not changed and may be abstract.
 
@@ -45,7 +46,8 @@ def read_weights(
         key: where the weights are inside a .pth file (see `files.read`); of a trainer's directory a step, or 'best'.
         part: load this part of the model alone: 'backbone' takes a pre-trained encoder out of anything around it.
         drop: regular expressions of names in `src` to leave out.
-        reinit_head: leave the head of `src` out, if there is one; the model's is initialised anew.
+        reinit_head: if the head of `src` is not like the model's, leave it out and initialise the model's anew.
+        seed: of that.
 
     Raises:
         InteropError: the file cannot be read, or tensors are left over on either side.
@@ -63,30 +65,28 @@ def read_weights(
     fit.check(source)
     paths = with_root(hub.names(core), core)
     arrays = {root + paths[n]: hub.from_torch(paths[n], array) for n, array in fit.state.items() if n in paths}
+    if fit.reinit:
+        arrays |= {(*root, "head", *path): array for path, array in _new_head(core.head, seed).items()}
     return Report(source, OURS if layout == OURS else fit.layout, arrays, fit.ignored, sorted(fit.reinit))
 
 
-def load_weights(model: Any, src: str | os.PathLike | Mapping[str, Any], *, seed: int = 0, **options: Any) -> Report:
+def load_weights(model: Any, src: str | os.PathLike | Mapping[str, Any], **options: Any) -> Report:
     """Fills `model` in place with the weights of `src`. Nothing is left abstract, and nothing is drawn that is not needed.
 
     Args:
         model: a classifier, a method or a backbone; concrete, or built under `nnx.eval_shape`.
         src, options: as of `read_weights`.
-        seed: of what is initialised anew.
+
+    Raises:
+        InteropError: as `read_weights`; or `part` leaves other parts of an abstract model without weights.
     """
     report = read_weights(model, src, **options)
-    variables = dict(nnx.state(model).flat_state())
-    abstract = [p for p, v in variables.items() if isinstance(v.get_value(), jax.ShapeDtypeStruct)]
-    zeros = {
-        path: np.zeros(variables[path].shape, variables[path].dtype) for path in abstract if path not in report.arrays
-    }
-    hub.fill(model, zeros | report.arrays)
-    if report.reinitialised:
-        _core(model).head.init_weights(nnx.Rngs(seed))
-    elif zeros:
-        raise InteropError(
-            f"{report.source} gives {options['part']} alone; build the model with its other weights first"
-        )
+    state = nnx.state(model).flat_state()
+    empty = [p for p, v in state if isinstance(v.get_value(), jax.ShapeDtypeStruct) and p not in report.arrays]
+    if empty:
+        names = ", ".join(".".join(map(str, path)) for path in empty[:5])
+        raise InteropError(f"{report.source} leaves {len(empty)} arrays of an abstract model empty: {names} ...")
+    hub.fill(model, report.arrays)
     return report
 
 
@@ -173,6 +173,15 @@ def save_weights(
     with Checkpointer(dst / "checkpoints") as checkpointer:
         checkpointer.save(0, {name: nest(flat) for name, flat in groups.items()} | {"ema": {}})
     (dst / "model.json").write_text(json.dumps(dict(meta or {}), indent=2, default=str) + "\n")
+
+
+def _new_head(head: Any, seed: int) -> dict[hub.Path, np.ndarray]:
+    """The arrays of a head like this one, as its `init_cfg` initialises them."""
+    graphdef, state = nnx.split(head)
+    head = nnx.merge(graphdef, nnx.to_pure_dict(state))  # a copy: the caller's stays as it is
+    hub.fill(head, {path: np.zeros(v.shape, v.dtype) for path, v in nnx.state(head).flat_state()})
+    head.init_weights(nnx.Rngs(seed))
+    return {path: np.asarray(v.get_value()) for path, v in nnx.state(head).flat_state()}
 
 
 def _core(model: Any) -> Any:
