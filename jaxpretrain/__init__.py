@@ -10,6 +10,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "list_models": "jaxpretrain.zoo.index",
+    "get_model": "jaxpretrain.zoo.factory",
+    "init_model": "jaxpretrain.zoo.factory",
+    "inference_model": "jaxpretrain.inference.classification",
+    "ImageClassificationInferencer": "jaxpretrain.inference.classification",
+    "FeatureExtractor": "jaxpretrain.inference.features",
     "ConfigError": "jaxpretrain.build",
     "register": "jaxpretrain.build",
     "resolve": "jaxpretrain.build",

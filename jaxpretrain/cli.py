@@ -69,6 +69,17 @@ def parse(
     return flags
 
 
+def positional(argv: list[str], known: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The arguments that are no flags, and all others: flags, and the values that follow those in `known` after a blank."""
+    found: list[str] = []
+    rest: list[str] = []
+    value_next = False
+    for argument in argv:
+        (rest if argument.startswith("--") or value_next else found).append(argument)
+        value_next = argument.startswith("--") and argument.removeprefix("--") in known
+    return found, rest
+
+
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Runs a command. Mistakes in the call (ConfigError) give exit code 2, expected failures 1, each without a traceback.
 

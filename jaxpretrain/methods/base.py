@@ -101,6 +101,14 @@ class BaseSelfSupervisor(Method):
         """Arguments of the neck that follow from the backbone, where the config does not give them."""
         return {}
 
+    def extract_feat(self, images: Float[Array, "b h w c"]) -> Any:
+        """The backbone's features of whole images, a tuple: of maps [B, H', W', C'], or what its `out_type` says."""
+        return self.backbone(images)
+
+    def __call__(self, images: Float[Array, "b h w c"]) -> Any:
+        """The same as `extract_feat`."""
+        return self.extract_feat(images)
+
 
 # What several methods do.
 
