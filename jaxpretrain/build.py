@@ -22,30 +22,65 @@ _TABLE: dict[str, str] = {
     "ResNetV1c": "jaxpretrain.models.resnet",
     "ResNetV1d": "jaxpretrain.models.resnet",
     "ResNet_CIFAR": "jaxpretrain.models.resnet_cifar",
+    "ResNeXt": "jaxpretrain.models.resnext",
+    "SEResNet": "jaxpretrain.models.seresnet",
+    "SEResNeXt": "jaxpretrain.models.seresnet",
     "VisionTransformer": "jaxpretrain.models.vision_transformer",
+    "DistilledVisionTransformer": "jaxpretrain.models.deit",
+    "DeiT3": "jaxpretrain.models.deit3",
+    "ViTEVA02": "jaxpretrain.models.vit_eva02",
+    "ViTSAM": "jaxpretrain.models.vit_sam",
+    "BEiTViT": "jaxpretrain.models.beit",
+    "SwinTransformer": "jaxpretrain.models.swin_transformer",
+    "SwinTransformerV2": "jaxpretrain.models.swin_transformer_v2",
     "MAEViT": "jaxpretrain.methods.mae",
     "MoCoV3ViT": "jaxpretrain.methods.mocov3",
     # necks
     "GlobalAveragePooling": "jaxpretrain.models.necks",
+    "GeneralizedMeanPooling": "jaxpretrain.models.necks",
+    "ClsBatchNormNeck": "jaxpretrain.models.necks",
+    "LinearNeck": "jaxpretrain.models.necks",
+    "LinearReduction": "jaxpretrain.models.necks",
     "NonLinearNeck": "jaxpretrain.models.necks",
     "MAEPretrainDecoder": "jaxpretrain.methods.mae",
+    "MoCoV2Neck": "jaxpretrain.methods.moco",
     # heads
     "ClsHead": "jaxpretrain.models.heads",
     "LinearClsHead": "jaxpretrain.models.heads",
+    "StackedLinearClsHead": "jaxpretrain.models.heads",
+    "EfficientFormerClsHead": "jaxpretrain.models.heads",
+    "MultiTaskHead": "jaxpretrain.models.heads",
+    "MultiLabelClsHead": "jaxpretrain.models.multi_label_heads",
+    "MultiLabelLinearClsHead": "jaxpretrain.models.multi_label_heads",
+    "CSRAClsHead": "jaxpretrain.models.multi_label_heads",
+    "ArcFaceClsHead": "jaxpretrain.models.margin_head",
     "VisionTransformerClsHead": "jaxpretrain.models.heads",
+    "DeiTClsHead": "jaxpretrain.models.deit",
     "MAEPretrainHead": "jaxpretrain.methods.mae",
     "ContrastiveHead": "jaxpretrain.methods.simclr",
     "MoCoV3Head": "jaxpretrain.methods.mocov3",
+    "LatentCrossCorrelationHead": "jaxpretrain.methods.barlowtwins",
+    "LatentPredictHead": "jaxpretrain.methods.byol",
     # losses
     "CrossEntropyLoss": "jaxpretrain.models.losses",
     "LabelSmoothLoss": "jaxpretrain.models.losses",
+    "FocalLoss": "jaxpretrain.models.losses",
+    "AsymmetricLoss": "jaxpretrain.models.losses",
+    "SeesawLoss": "jaxpretrain.models.losses",
     "PixelReconstructionLoss": "jaxpretrain.models.losses",
+    "CrossCorrelationLoss": "jaxpretrain.methods.barlowtwins",
+    "CosineSimilarityLoss": "jaxpretrain.methods.byol",
     # classifiers and methods
     "ImageClassifier": "jaxpretrain.models.classifiers",
+    "ImageToImageRetriever": "jaxpretrain.models.retrievers",
     "Supervised": "jaxpretrain.methods.supervised",
     "MAE": "jaxpretrain.methods.mae",
     "SimCLR": "jaxpretrain.methods.simclr",
     "MoCoV3": "jaxpretrain.methods.mocov3",
+    "BarlowTwins": "jaxpretrain.methods.barlowtwins",
+    "SimSiam": "jaxpretrain.methods.simsiam",
+    "BYOL": "jaxpretrain.methods.byol",
+    "MoCo": "jaxpretrain.methods.moco",
     # batch augmentations
     "Mixup": "jaxpretrain.data.batch_augments",
     "CutMix": "jaxpretrain.data.batch_augments",
@@ -176,7 +211,8 @@ def accepted_arguments(kind: str) -> tuple[str, ...]:
 def _parameters(component: Callable) -> tuple[dict[str, bool], bool]:
     """The parameters of a class or function: name -> required; and whether it takes any keyword.
 
-    `**kwargs` of a class mean those of its parent, so they are looked up along the method resolution order.
+    `**kwargs` of a class mean those of its parent, so they are looked up along the method resolution order; unless it has
+    `hands_arguments_on = True`, for then they may be any.
     """
     functions = [component]
     if inspect.isclass(component):
@@ -195,4 +231,4 @@ def _parameters(component: Callable) -> tuple[dict[str, bool], bool]:
                 accepted.setdefault(parameter.name, parameter.default is inspect.Parameter.empty)
         if not open_ended:
             return accepted, False
-    return accepted, inspect.isclass(component) is False
+    return accepted, getattr(component, "hands_arguments_on", not inspect.isclass(component))

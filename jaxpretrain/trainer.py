@@ -224,8 +224,8 @@ class Trainer:
             return jax.tree_util.tree_map_with_path(one, state[prefix])
 
         state = dict(state, params=replace("params"), model_state=replace("model_state"))
-        teacher = any("momentum_encoder" in path for path in arrays)
-        if hasattr(method, "reset_teacher") and not teacher:
+        teacher = getattr(method, "teacher_name", None)
+        if teacher and not any(teacher in path for path in arrays):
             state["model_state"] = jax.jit(self._with_new_teacher, out_shardings=self.shardings["model_state"])(state)
         if self.config.ema:
             state["ema"] = jax.tree.map(jnp.copy, state["params"])

@@ -50,6 +50,11 @@ def reference_weight(key: str, shape: tuple[int, ...], fill: str) -> np.ndarray:
         value = 0.1 * rng.standard_normal(shape)
     elif fill == "weight":
         value = rng.standard_normal(shape) * np.sqrt(1 / np.prod(shape[1:]))
+    elif fill == "queue":
+        value = rng.standard_normal(shape)
+        value = value / np.linalg.norm(value, axis=0)
+    elif fill == "one":
+        value = np.ones(shape)
     else:
         raise ValueError(f"{key}: no rule for fill {fill!r}")
     return value.astype(np.float32)

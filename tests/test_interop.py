@@ -191,6 +191,59 @@ def test_an_existing_directory_is_not_overwritten(tmp_path):
         save_weights(model, tmp_path / "x")
 
 
+# Images of another size
+
+
+def output(model, images):
+    model.eval()
+    graphdef, state = nnx.split(model)
+    return np.asarray(jax.jit(lambda s, x: nnx.merge(graphdef, s)(x)[-1])(state, images))
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        VIT,
+        {**VIT, "type": "DeiT3"},
+        {**VIT, "type": "DistilledVisionTransformer", "out_type": "raw"},
+        {**VIT, "type": "VisionTransformer", "num_registers": 2, "out_type": "raw"},
+        {**VIT, "type": "BEiTViT", "use_rel_pos_bias": True},
+        {**VIT, "type": "BEiTViT", "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "use_abs_pos_emb": True},
+        {**VIT, "type": "ViTSAM", "out_channels": 8, "window_size": 2, "arch": {**TINY, "global_attn_indexes": [1]}},
+    ],
+    ids=lambda cfg: cfg["type"],
+)
+def test_positions_are_resized_on_loading(cfg):
+    """A model made for 32 px with weights for 16 px gives what the model for 16 px gives for images of 32 px."""
+    small, large = abstract(cfg), abstract({**cfg, "img_size": 32})
+    state = {name: 0.3 * array for name, array in random_state(small).items()}
+    load_weights(small, state)
+    load_weights(large, state)
+    assert hub.shapes(large) != hub.shapes(small)
+    images = np.random.default_rng(1).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    wanted = output(small, images)
+    assert np.abs(output(large, images) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_biases_of_swin_are_resized_on_loading():
+    arch = dict(embed_dims=8, depths=[2, 2], num_heads=[2, 4])
+    cfg = dict(type="SwinTransformer", arch=arch, img_size=64, window_size=4, out_indices=(1,), use_abs_pos_embed=True)
+    state = random_state(abstract(cfg))
+    model = abstract({**cfg, "img_size": 96, "window_size": 6})
+    load_weights(model, state)
+    name = "stages.0.blocks.1.attn.w_msa.relative_position_bias_table"
+    small, large = state[name].reshape(7, 7, 2), export(model)[name].reshape(11, 11, 2)
+    np.testing.assert_allclose(large[5, 5], small[3, 3], rtol=1e-5)  # no offset
+    np.testing.assert_allclose(large[[0, -1]][:, [0, -1]], small[[0, -1]][:, [0, -1]], rtol=1e-4)  # the largest ones
+
+
+def test_positions_that_fit_no_grid_are_an_error():
+    state = random_state(abstract(VIT))
+    state["pos_embed"] = np.zeros((1, 20, 16), np.float32)
+    with pytest.raises(InteropError, match=r"another shape   backbone.pos_embed: \(1, 20, 16\)"):
+        load_weights(abstract(VIT), state)
+
+
 # Training
 
 

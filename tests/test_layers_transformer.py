@@ -17,14 +17,17 @@ from flax import nnx
 from jaxpretrain.build import ConfigError
 from jaxpretrain.models.layers import (
     FFN,
+    Dropout,
     MultiheadAttention,
     PatchEmbed,
     SwiGLUFFNFused,
     apply_layers,
     build_2d_sincos_position_embedding,
+    capture,
     freeze,
     resize_pos_embed,
 )
+from jaxpretrain.models.layers.attention import scaled_dot_product_attention
 from jaxpretrain.models.vision_transformer import TransformerEncoderLayer
 
 
@@ -87,6 +90,27 @@ def test_attention_keeps_float64():
         y = layer(jnp.asarray(x))
     assert y.dtype == np.float64
     np.testing.assert_allclose(y, attention_by_hand(layer, x), atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 5), (2, 3, 7, 5), (2, 1, 7, 5), (1, 3, 1, 5)])
+def test_attention_with_a_bias_is_the_formula(shape):
+    q, k, v = (normal(i, 2, n, 3, 4) for i, n in enumerate((7, 5, 5)))
+    bias = 2 * normal(3, *shape)
+    logits = 0.7 * np.einsum("bqhd,bkhd->bhqk", q, k) + bias
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True)
+    wanted = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    module = Dropout(0.0)  # any module: the one whose weights these are
+    y = scaled_dot_product_attention(module, q := jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), scale=0.7, bias=bias)
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
+    with capture(module) as found:
+        again = scaled_dot_product_attention(
+            module, q, jnp.asarray(k), jnp.asarray(v), scale=0.7, bias=jnp.asarray(bias)
+        )
+    np.testing.assert_allclose(again, wanted, atol=1e-5)
+    np.testing.assert_allclose(found["weights"], weights, atol=1e-5)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    assert scaled_dot_product_attention(module, *half, scale=0.7, bias=jnp.asarray(bias)).dtype == jnp.bfloat16
 
 
 def test_attention_dropout_is_on_the_weights():

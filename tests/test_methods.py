@@ -45,6 +45,13 @@ def moco(backbone: dict, channels: int, pooled: bool) -> dict[str, Any]:
     return dict(type="MoCoV3", backbone=backbone, neck=projector(channels, pooled), head=head)
 
 
+def siamese(kind: str) -> dict[str, Any]:
+    predictor = projector(8, False, with_last_bn=False, with_last_bias=True)
+    loss = dict(type="CosineSimilarityLoss", shift_factor=1.0)  # so that it can fall to 0
+    head = dict(type="LatentPredictHead", predictor=predictor, loss=loss)
+    return dict(type=kind, backbone=RESNET, neck=projector(16, True), head=head)
+
+
 def classifier(**model: Any) -> dict[str, Any]:
     head = dict(type="LinearClsHead", num_classes=4, in_channels=16, loss=CE)
     return dict(
@@ -72,6 +79,22 @@ CONFIGS = dict(
         neck=projector(16, True),
         head=dict(type="ContrastiveHead", loss=CE, temperature=0.1),
     ),
+    simsiam=siamese("SimSiam"),
+    byol=siamese("BYOL"),
+    barlowtwins=dict(
+        type="BarlowTwins",
+        backbone=RESNET,
+        neck=projector(16, True, with_last_bn=False),
+        head=dict(type="LatentCrossCorrelationHead", in_channels=8, loss=dict(type="CrossCorrelationLoss")),
+    ),
+    mocov2=dict(
+        type="MoCo",
+        backbone=RESNET,
+        neck=dict(type="MoCoV2Neck", in_channels=16, hid_channels=16, out_channels=8),
+        head=dict(type="ContrastiveHead", loss=CE, temperature=0.2),
+        queue_len=2 * BATCH,
+        feat_dim=8,
+    ),
     mocov3_vit=moco(dict(type="MoCoV3ViT", stop_grad_conv1=True, **VIT), 16, False),
     mocov3_resnet=moco(RESNET, 16, True),
 )
@@ -79,7 +102,7 @@ CONFIGS = dict(
 
 def batch_for(name: str, dtype: Any = jnp.float32) -> dict[str, Any]:
     views = jax.random.normal(jax.random.key(5), (2, BATCH, SIZE, SIZE, 3), dtype)
-    images = tuple(views) if name.startswith(("simclr", "moco")) else views[0]
+    images = views[0] if name in ("mae", "supervised") else tuple(views)
     return dict(image=images, label=jnp.arange(BATCH, dtype=jnp.int32) % 4)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpretrain.interop import torchscript
 from jaxpretrain.interop.rules import InteropError, State
 
 # Where training scripts keep the weights inside their checkpoints, in the order of preference.
@@ -46,7 +47,7 @@ def read(path: str | os.PathLike, key: str | None = None) -> State:
     """The tensors of a file, by name, as NumPy arrays that are views of the file where possible.
 
     Args:
-        path: a .safetensors file, or what `torch.save` wrote.
+        path: a .safetensors file, or what `torch.save` or `torch.jit.save` wrote.
         key: where the weights are inside a checkpoint, with dots: 'teacher', 'ema_state_dict'. By default the first of
             `KEYS` that is there.
 
@@ -57,6 +58,8 @@ def read(path: str | os.PathLike, key: str | None = None) -> State:
     start = _first_bytes(path)
     if path.suffix == ".safetensors" or _is_safetensors(start, path):
         return _read_safetensors(path)
+    if torchscript.is_archive(path):
+        return torchscript.read(path)
     return _arrays(_weights(_read_torch(path), key, path), path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -134,12 +134,17 @@ class Fit:
 
 def recognise(model: nnx.Module, state: State, layout: str, part: str | None, reinit_head: bool) -> Fit:
     """The fit of the layout asked for, or with 'auto' of the one that leaves least over; not yet checked."""
+    shapes, derived = with_root(hub.shapes(model), model), with_root(hub.derived(model), model)
+
+    def fit(layout: str, table: Table) -> Fit:
+        return _fit(model, shapes, derived, state, layout, table, part, reinit_head)
+
     if layout != "auto":
-        return _fit(model, state, layout, table_of(layout, model), part, reinit_head)
+        return fit(layout, table_of(layout, model))
     fits = []
     for name in ("mmpretrain", *LAYOUTS):
         if (table := tables(name, model)) is not None:
-            fits.append(_fit(model, state, name, table, part, reinit_head))
+            fits.append(fit(name, table))
             if not fits[-1].leftovers():
                 break
     return min(fits, key=Fit.leftovers)
@@ -162,17 +167,23 @@ def with_root(named: Mapping[str, Any], model: nnx.Module) -> dict[str, Any]:
     return dict(named) if hasattr(model, "backbone") else {f"backbone.{name}": value for name, value in named.items()}
 
 
-def _fit(model: nnx.Module, state: State, layout: str, table: Table, part: str | None, reinit_head: bool) -> Fit:
-    shapes, derived = with_root(hub.shapes(model), model), with_root(hub.derived(model), model)
+def _fit(
+    model: nnx.Module,
+    shapes: dict[str, tuple[int, ...]],
+    derived: State,
+    state: State,
+    layout: str,
+    table: Table,
+    part: str | None,
+    reinit_head: bool,
+) -> Fit:
     state = {_strip(name, table): array for name, array in state.items()}
     if layout == "mmpretrain" and not any(name.startswith("backbone.") for name in state):
         state = with_root(state, model)
     result = translate(state, table)
     if part is not None:
-        shapes, result.state = (
-            {name: value for name, value in named.items() if name.startswith(f"{part}.")}
-            for named in (shapes, result.state)
-        )
+        shapes = {name: size for name, size in shapes.items() if name.startswith(f"{part}.")}
+        result.state = {name: array for name, array in result.state.items() if name.startswith(f"{part}.")}
     reinit = {
         name
         for name, size in shapes.items()
@@ -181,9 +192,11 @@ def _fit(model: nnx.Module, state: State, layout: str, table: Table, part: str |
     translated = {n: v for n, v in result.state.items() if not (reinit and n.startswith("head."))}
     if reinit:  # a new head is all new
         reinit = {name for name in shapes if name.startswith("head.")}
+    known = shapes.keys() | derived.keys()
     unused = {name: state[name].shape for name in result.unused}
-    unused |= {name: array.shape for name, array in translated.items() if name not in shapes | derived.keys()}
-    kept = {name: array for name, array in translated.items() if name in shapes | derived.keys()}
+    unused |= {result.origins[name]: array.shape for name, array in translated.items() if name not in known}
+    kept = {name: array for name, array in translated.items() if name in known}
+    kept |= {name: np.zeros(shapes[name], np.int64) for name in shapes.keys() - kept.keys() if table.lacks(name)}
     fit = Fit(layout, kept, shapes, derived, unused, result.ignored, result.incomplete, reinit)
     _adapt(model, fit)
     return fit
@@ -191,8 +204,10 @@ def _fit(model: nnx.Module, state: State, layout: str, table: Table, part: str |
 
 def _adapt(model: nnx.Module, fit: Fit) -> None:
     """Lets modules bring tables of positions for another size of images to their own (see `BaseModule.adapt`)."""
+    if not (wrong := fit.wrong()):
+        return
     paths, modules = with_root(hub.names(model), model), dict(nnx.iter_modules(model))
-    for name in fit.wrong():
+    for name in wrong:
         *owner, leaf = paths[name]
         module = modules.get(tuple(owner))
         if isinstance(module, BaseModule):
@@ -220,4 +235,4 @@ def for_export(table: Table, model: nnx.Module) -> Table:
         return (rule.ours if isinstance(rule.ours, str) else rule.ours[0]).startswith("backbone.")
 
     rules = [Rule(prefixed(r.theirs), r.ours, r.transform) if is_backbone(r) else r for r in table.rules]
-    return Table(rules, table.ignore, table.prefix, table.prefixes)
+    return replace(table, rules=rules)

@@ -79,12 +79,14 @@ def fill(model: nnx.Module, arrays: Mapping[Path, np.ndarray]) -> None:
 
 
 def head_rules(model: nnx.Module, theirs: str) -> list[Rule]:
-    """The rule of the layer that makes the logits, which the foreign layout calls `theirs`; none for a model without."""
-    layers = [
-        name.removesuffix(".weight") for name in names(model) if name.startswith("head.") and name.endswith("weight")
-    ]
+    """The rule of the layer that makes the logits, which the foreign layout calls `theirs`.
+
+    A model without gets the rule of a linear head: so the head of a file is known to be no part of the backbone.
+    """
+    head = getattr(model, "head", None)
+    layers = [] if head is None else [f"head.{name.removesuffix('.weight')}" for name in names(head)]
     layers = [name for name in layers if name in ("head.fc", "head.layers.head")]
-    return [Rule(f"{theirs}.{{p}}", f"{name}.{{p}}") for name in layers]
+    return [Rule(f"{theirs}.{{p}}", f"{name}.{{p}}") for name in layers or ["head.fc"]]
 
 
 def num_parameters(model: nnx.Module) -> int:

@@ -71,6 +71,26 @@ def reorder(index: Sequence[int] | np.ndarray, axis: int) -> Transform:
     return Transform(lambda xs: [np.take(xs[0], index, axis)], lambda xs: [np.take(xs[0], np.argsort(index), axis)])
 
 
+def leading_axes(count: int) -> Transform:
+    """Ours has `count` more axes of length 1 in front."""
+    return Transform(
+        lambda xs: [xs[0].reshape((1,) * count + xs[0].shape)], lambda xs: [xs[0].reshape(xs[0].shape[count:])]
+    )
+
+
+def merged_patches(axis: int) -> Transform:
+    """The channels of four joined neighbours, along `axis`: (column, row, channel) there, (channel, row, column) here.
+
+    The former is the order of Swin's release, the latter that of `unfold`, which MMPretrain uses.
+    """
+
+    def move(x: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
+        x = np.moveaxis(x, axis, -1)
+        return [np.moveaxis(x.reshape(*x.shape[:-1], *sizes).swapaxes(-3, -1).reshape(x.shape), -1, axis)]
+
+    return Transform(lambda xs: move(xs[0], (2, 2, -1)), lambda xs: move(xs[0], (-1, 2, 2)))
+
+
 @dataclass(frozen=True)
 class Rule:
     """One line of a table.
@@ -85,6 +105,19 @@ class Rule:
     ours: str | tuple[str, ...]
     transform: Transform = SAME
 
+    def renamed(self, pairs: Sequence[tuple[str, str]]) -> Rule:
+        """The same rule with each (old, new) part of the foreign names replaced, one after the other."""
+        names = list(_several(self.theirs))
+        for old, new in pairs:
+            names = [name.replace(old, new) for name in names]
+        return Rule(names[0] if isinstance(self.theirs, str) else tuple(names), self.ours, self.transform)
+
+
+def also_named(rules: Sequence[Rule], pairs: Sequence[tuple[str, str]]) -> list[Rule]:
+    """The rules, and behind them the same by other names (see `Rule.renamed`): found in files, never exported."""
+    others = [(rule, rule.renamed(pairs)) for rule in rules]
+    return [*rules, *(other for rule, other in others if other != rule)]
+
 
 @dataclass(frozen=True)
 class Table:
@@ -95,12 +128,18 @@ class Table:
         ignore: regular expressions of foreign names that are no part of the model (index tables, text towers).
         prefix: what foreign names of the backbone begin with where the file holds a head too (`vit.`).
         prefixes: other beginnings that files are found with; dropped when importing.
+        absent: regular expressions of MMPretrain's names that the layout has not: zero when imported, left out when exported.
     """
 
     rules: Sequence[Rule]
     ignore: Sequence[str] = ()
     prefix: str = ""
     prefixes: Sequence[str] = ()
+    absent: Sequence[str] = ()
+
+    def lacks(self, name: str) -> bool:
+        """Whether the layout has nothing for the name of MMPretrain's."""
+        return any(re.search(pattern, name) for pattern in self.absent)
 
 
 @dataclass
@@ -109,12 +148,14 @@ class Translation:
 
     Attributes:
         state: the translated arrays.
+        origins: name of each -> what it was made of.
         unused: names that no rule knows.
         ignored: names that the table leaves out.
         incomplete: messages about rules of which only some names are there.
     """
 
     state: State = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
@@ -140,7 +181,9 @@ def translate(state: Mapping[str, np.ndarray], table: Table, *, inverse: bool = 
                 result.incomplete.append(f"{name} needs {', '.join(missing)} beside it")
                 continue
             arrays = convert([np.asarray(state[n]) for n in names])
-            result.state |= dict(zip((_fill(t, values) for t in _several(target)), arrays, strict=True))
+            targets = [_fill(template, values) for template in _several(target)]
+            result.state |= dict(zip(targets, arrays, strict=True))
+            result.origins |= dict.fromkeys(targets, " and ".join(names))
             for n in names:
                 del left[n]
     result.unused = list(left)

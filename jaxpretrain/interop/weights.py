@@ -126,8 +126,9 @@ def export(model: nnx.Module, layout: str = "mmpretrain") -> State:
     if layout == "mmpretrain":
         return state
     full, derived = with_root(state, core), with_root(hub.derived(core), core)
-    result = translate(full, for_export(table_of(layout, core), core), inverse=True)
-    if unused := [name for name in result.unused if name not in derived]:
+    table = for_export(table_of(layout, core), core)
+    result = translate(full, table, inverse=True)
+    if unused := [name for name in result.unused if name not in derived and not table.lacks(name)]:
         lines = "\n  ".join(f"{name} {tuple(full[name].shape)}" for name in unused)
         raise InteropError(f"The layout {layout!r} has no place for\n  {lines}")
     return result.state

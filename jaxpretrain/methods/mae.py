@@ -50,6 +50,8 @@ class MAEViT(VisionTransformer):
             raise ConfigError(f"MAEViT: mask_ratio={mask_ratio} must be in [0, 1)")
         if self.cls_token is None:
             raise ConfigError("MAEViT: with_cls_token=False is not supported; the decoder expects a class token")
+        if self.register_tokens is not None:
+            raise ConfigError("MAEViT: num_registers is not supported; the decoder would take registers for patches")
         self.mask_ratio = mask_ratio
         self.pos_embed = Frozen(self._positions())
 
@@ -322,10 +324,14 @@ class MAE(BaseSelfSupervisor):
             mask=hidden[..., :1],
         )
 
+    def extract_feat(self, images: Float[Array, "b h w c"]) -> Any:
+        """The backbone's features of whole images, nothing hidden."""
+        return self.backbone(images, mask=None)
+
     def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
         """The mean over patches of the whole image's encoding.
 
         MMPretrain probes the class token, and fine-tunes the mean; in small encoders the mean says more.
         """
-        tokens = last(self.backbone(images, mask=None))[:, self.backbone.num_extra_tokens :]
+        tokens = last(self.extract_feat(images))[:, self.backbone.num_extra_tokens :]
         return tokens.mean(axis=1, dtype=jnp.promote_types(tokens.dtype, jnp.float32)).astype(tokens.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import build
-from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, Progress, last, normalize, pool, views
+from jaxpretrain.methods.base import Batch, Metrics, Progress, last, normalize, views
+from jaxpretrain.methods.momentum_encoder import MomentumMethod
 from jaxpretrain.models.layers import BaseModule, Frozen, Linear, freeze
 from jaxpretrain.models.layers.position import build_2d_sincos_position_embedding
 from jaxpretrain.models.vision_transformer import VisionTransformer
@@ -102,54 +103,7 @@ class MoCoV3Head(BaseModule):
         return self.loss_module(query @ key.T / self.temperature, jnp.arange(len(query)))
 
 
-class MomentumEncoder(BaseModule):
-    """A copy of networks that follows their weights, and never learns itself.
-
-    Attributes:
-        module: the copies, all their weights `Frozen`.
-        steps: updates so far, int32; part of MMPretrain's checkpoints.
-    """
-
-    def __init__(self, *networks: nnx.Module):
-        self.module = nnx.List([nnx.clone(network) for network in networks])
-        freeze(self.module)
-        self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
-
-    def __call__(self, x: Any, *, rngs: nnx.Rngs | None = None) -> Any:
-        """The first network takes images and `rngs`, each further one the output of that before it."""
-        x = self.module[0](x, rngs=rngs)
-        for network in self.module[1:]:
-            x = network(x)
-        return x
-
-    def init_weights(self, rngs: nnx.Rngs) -> None:
-        """Nothing: its owner copies the initialised weights."""
-
-    def copy(self, *networks: nnx.Module) -> None:
-        """Takes over all weights and statistics of `networks`."""
-        for ours, theirs in self._pairs(networks, ...):
-            ours.set_value(theirs[...])
-
-    def follow(self, *networks: nnx.Module, momentum: Float[Array, ""] | float) -> None:
-        """weights += momentum * (those of `networks` - weights)."""
-        for ours, theirs in self._pairs(networks, (nnx.Param, Frozen)):
-            # In this form, weights that are equal (position tables) stay so to the last bit.
-            step = jnp.asarray(momentum, ours.dtype) * (theirs[...] - ours[...])
-            ours.set_value(ours[...] + step)
-
-    def copy_statistics(self, *networks: nnx.Module) -> None:
-        """Takes over the running statistics of `networks`."""
-        for ours, theirs in self._pairs(networks, nnx.BatchStat):
-            ours.set_value(theirs[...])
-
-    def _pairs(self, networks: tuple, kinds: Any) -> Iterator[tuple[nnx.Variable, nnx.Variable]]:
-        for copy, network in zip(self.module, networks, strict=True):
-            source = dict(nnx.state(network, kinds).flat_state())
-            for path, ours in nnx.state(copy, kinds).flat_state():
-                yield ours, source[path]
-
-
-class MoCoV3(BaseSelfSupervisor):
+class MoCoV3(MomentumMethod):
     """Each view's prediction shall find the other view's target in the global batch (algorithm 1 of the paper).
 
     Targets come from a momentum encoder of backbone and neck. After optimizer step s of S, its weights move towards the
@@ -166,31 +120,13 @@ class MoCoV3(BaseSelfSupervisor):
     def __init__(self, base_momentum: float = 0.01, *, rngs: nnx.Rngs, **parts: Any):
         super().__init__(rngs=rngs, **parts)
         self.base_momentum = base_momentum
-        self.momentum_encoder = MomentumEncoder(self.backbone, self.neck)
-
-    def init_weights(self, rngs: nnx.Rngs) -> None:
-        """Initialises the online networks; the momentum encoder starts as their copy."""
-        super().init_weights(rngs)
-        self.reset_teacher()
-
-    def reset_teacher(self) -> None:
-        """Makes the momentum encoder a copy of the online networks: after their weights were loaded from elsewhere."""
-        self.momentum_encoder.copy(self.backbone, self.neck)
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
         """The sum of both directions' losses; `image` is two views [B, H, W, 3]. Logs nothing more."""
         first, second = views(batch, 2)
         q1, q2 = (last(self.neck(self.backbone(view, rngs=rngs))) for view in (first, second))
-        self.momentum_encoder.copy_statistics(self.backbone, self.neck)
-        k1, k2 = (last(self.momentum_encoder(view, rngs=rngs)) for view in (first, second))
+        k1, k2 = map(last, self.teach(first, second, rngs=rngs))
         return self.head.loss(q1, k2) + self.head.loss(q2, k1), {}
 
-    def after_step(self, progress: Progress) -> None:
-        """Moves the momentum encoder."""
-        momentum = cosine_ema_momentum(progress.step, self.base_momentum, 0.0, progress.total_steps)
-        self.momentum_encoder.follow(self.backbone, self.neck, momentum=momentum)
-        self.momentum_encoder.steps.set_value(jnp.asarray(progress.step, jnp.int32))
-
-    def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """The online backbone's class token (ViT), or last feature map averaged over positions (ResNet)."""
-        return pool(self.backbone(images))
+    def teacher_momentum(self, progress: Progress) -> Float[Array, ""]:
+        return cosine_ema_momentum(progress.step, self.base_momentum, 0.0, progress.total_steps)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxpretrain.build import build
 from jaxpretrain.data.batch_augments import RandomBatchAugment
-from jaxpretrain.methods.base import Batch, Method, Metrics, draw_key, last
+from jaxpretrain.methods.base import Batch, Method, Metrics, draw_key, pool
 from jaxpretrain.models.losses import to_scores
 
 
@@ -38,15 +38,17 @@ class Supervised(Method):
             label = to_scores(label, self.model.head.num_classes)
             images, label = self.augment(images, label, draw_key(rngs, "augment"))
         feats = self.model.extract_feat(images, rngs=rngs)
-        value, metrics = self.model.head.loss(feats, label)
-        if label.ndim == 1 and not metrics:
-            correct = jnp.argmax(self.model.head(feats), axis=-1) == label
+        value, metrics = self.model.head.loss(feats, label, rngs=rngs)
+        if not metrics and label.ndim == 1:
+            head = nnx.clone(self.model.head)
+            head.eval()  # no dropout, and statistics are not counted twice
+            correct = jnp.argmax(head(feats), axis=-1) == label
             metrics = {"accuracy_top-1": 100 * jnp.mean(correct.astype(jnp.float32))}
         return value, metrics
 
     def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """The input of the head's last linear layer."""
-        return last(self.model.extract_feat(images, stage="pre_logits"))
+        """The input of the head's last linear layer; maps [B, H, W, D] are averaged over positions."""
+        return pool(self.model.extract_feat(images, stage="pre_logits"))
 
     def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
         """The head's output, before softmax."""

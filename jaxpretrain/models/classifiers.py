@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -14,14 +14,28 @@ from jaxpretrain.models.layers.base import BaseModule
 _STAGES = ("backbone", "neck", "pre_logits")
 
 
+def build_chain(cfg: Any, rngs: nnx.Rngs) -> nnx.Module:
+    """A module, or the `nnx.List` of modules that a list of configurations describes."""
+    if isinstance(cfg, Sequence):
+        return nnx.List([build(part, rngs=rngs) for part in cfg])
+    return build(cfg, rngs=rngs)
+
+
+def apply_chain(chain: Any, x: Any) -> Any:
+    """`chain(x)`, or its modules one after the other."""
+    for part in chain if isinstance(chain, nnx.List) else (chain,):
+        x = part(x)
+    return x
+
+
 class ImageClassifier(BaseModule):
     """Images [B, H, W, C], normalised, to logits [B, classes].
 
     Args:
         backbone: what makes a tuple of feature maps from images; a dictionary with `type`, or a module.
-        neck: what makes features from them, or None.
+        neck: what makes features from them, or None; a list of necks is applied in order.
         head: what makes logits from features, or None: then calls return the features.
-        pretrained: the same as `init_cfg=dict(type='Pretrained', ...)`, which `init_weights` refuses.
+        pretrained: weights to start from, the same as `init_cfg=dict(type='Pretrained', checkpoint=...)`.
         train_cfg: settings of training; `augments` are batch augmentations, which the method applies.
         data_preprocessor: accepted for MMPretrain's configs; normalisation is the data pipeline's.
         init_cfg: initialisation, MMEngine's dictionaries.
@@ -30,7 +44,7 @@ class ImageClassifier(BaseModule):
     def __init__(
         self,
         backbone: Mapping[str, Any] | nnx.Module,
-        neck: Mapping[str, Any] | nnx.Module | None = None,
+        neck: Mapping[str, Any] | Sequence[Any] | nnx.Module | None = None,
         head: Mapping[str, Any] | nnx.Module | None = None,
         pretrained: str | None = None,
         train_cfg: Mapping[str, Any] | None = None,
@@ -42,7 +56,7 @@ class ImageClassifier(BaseModule):
         self.init_cfg = {"type": "Pretrained", "checkpoint": pretrained} if pretrained else init_cfg
         self.train_cfg = dict(train_cfg or {})
         self.backbone = build(backbone, rngs=rngs)
-        self.neck = None if neck is None else build(neck, rngs=rngs)
+        self.neck = None if neck is None else build_chain(neck, rngs)
         self.head = None if head is None else build(head, rngs=rngs)
 
     def extract_feat(
@@ -62,7 +76,7 @@ class ImageClassifier(BaseModule):
         if stage == "backbone":
             return x
         if self.neck is not None:
-            x = self.neck(x)
+            x = apply_chain(self.neck, x)
         if stage == "neck":
             return x
         if self.head is None:
@@ -72,16 +86,16 @@ class ImageClassifier(BaseModule):
     def __call__(self, images: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "b classes"]:
         """Logits, before softmax; features, if there is no head."""
         feats = self.extract_feat(images, rngs=rngs)
-        return feats if self.head is None else self.head(feats)
+        return feats if self.head is None else self.head(feats, rngs=rngs)
 
     def loss(
         self, images: Float[Array, "b h w c"], label: Num[Array, "b ..."], *, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The head's loss and metrics for int labels [B] or scores [B, classes]."""
-        return self._head().loss(self.extract_feat(images, rngs=rngs), label)
+        return self._head().loss(self.extract_feat(images, rngs=rngs), label, rngs=rngs)
 
     def predict(self, images: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
-        """Scores per class that sum to 1. Needs eval mode."""
+        """The head's scores: they sum to 1, or each is from 0 to 1 with a multi-label head. Needs eval mode."""
         return self._head().predict(self.extract_feat(images))
 
     def _head(self) -> Any:

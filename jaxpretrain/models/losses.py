@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from flax import nnx
+from jaxtyping import Array, Float, Int, Num
 
 from jaxpretrain.build import ConfigError, nearest
 from jaxpretrain.models.layers.base import BaseModule
@@ -89,10 +91,7 @@ class CrossEntropyLoss(BaseModule):
         reduction_override: str | None = None,
     ) -> Array:
         """The loss of `cls_score`, a scalar unless the reduction is 'none'; for the rest see `reduce_loss`."""
-        logits = _at_least_float32(cls_score)
-        target = to_scores(label, logits.shape[-1]).astype(logits.dtype)
-        if target.shape != logits.shape:
-            raise ValueError(f"CrossEntropyLoss: labels {label.shape} do not fit logits {logits.shape}")
+        logits, target = _logits_and_target(self, cls_score, label)
         if self.use_sigmoid:
             # -log sigmoid(x) = softplus(-x), and -log(1 - sigmoid(x)) = x + softplus(-x), which never overflow.
             positive = target if self.pos_weight is None else target * jnp.asarray(self.pos_weight, logits.dtype)
@@ -115,6 +114,15 @@ def to_scores(label: Num[Array, "b ..."], num_classes: int) -> Num[Array, "b c"]
         return label
     valid = (label >= 0) & (label < num_classes)
     return jnp.where(valid[:, None], jax.nn.one_hot(label, num_classes, dtype=jnp.float32), jnp.nan)
+
+
+def _logits_and_target(loss: BaseModule, cls_score: Array, label: Array) -> tuple[Array, Array]:
+    """Both [B, classes] in float32 at least."""
+    logits = _at_least_float32(cls_score)
+    target = to_scores(label, logits.shape[-1]).astype(logits.dtype)
+    if target.shape != logits.shape:
+        raise ValueError(f"{type(loss).__name__}: labels {label.shape} do not fit logits {logits.shape}")
+    return logits, target
 
 
 class LabelSmoothLoss(BaseModule):
@@ -189,6 +197,146 @@ _SMOOTHING: dict[str, Callable[[Array, float], Array]] = {
     "classy_vision": _classy_vision,
     "multi_label": _multi_label,
 }
+
+
+class FocalLoss(BaseModule):
+    """Binary cross entropy in which what is easy counts less (Lin et al., 2017, https://arxiv.org/abs/1708.02002).
+
+    alpha_t (1 - p_t)^gamma times the cross entropy -log p_t, where p_t is the probability given to what is right.
+
+    Args:
+        gamma: how much less; 0 is cross entropy.
+        alpha: weight of positives; negatives have 1 - alpha.
+        reduction, loss_weight: as of `CrossEntropyLoss`.
+    """
+
+    def __init__(self, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "mean", loss_weight: float = 1.0):
+        self.gamma, self.alpha = gamma, alpha
+        self.reduction, self.loss_weight = _check_reduction(reduction), loss_weight
+
+    def __call__(
+        self,
+        cls_score: Float[Array, "b c"],
+        label: Num[Array, "b ..."],
+        weight: Float[Array, " b"] | None = None,
+        avg_factor: float | Array | None = None,
+        reduction_override: str | None = None,
+    ) -> Array:
+        """The loss of logits [B, classes] with labels [B] or targets [B, classes]; see `CrossEntropyLoss`."""
+        logits, target = _logits_and_target(self, cls_score, label)
+        p = jax.nn.sigmoid(logits)
+        wrong = target * (1 - p) + (1 - target) * p
+        balance = target * self.alpha + (1 - target) * (1 - self.alpha)
+        cross_entropy = (1 - target) * logits + jax.nn.softplus(-logits)
+        loss = balance * wrong**self.gamma * cross_entropy
+        return self.loss_weight * reduce_loss(loss, weight, reduction_override or self.reduction, avg_factor)
+
+
+class AsymmetricLoss(BaseModule):
+    """A focal loss that forgives easy negatives more than positives (Ridnik et al., 2021, arXiv 2009.14119).
+
+    Args:
+        gamma_pos, gamma_neg: exponents of 1 - p_t for positives and negatives, as in `FocalLoss`.
+        clip: negatives have this much added to p_t, up to 1; None or 0: nothing.
+        reduction, loss_weight: as of `CrossEntropyLoss`.
+        use_sigmoid: probabilities by sigmoid; False: by softmax.
+        eps: the smallest p_t in the logarithm.
+    """
+
+    def __init__(
+        self,
+        gamma_pos: float = 0.0,
+        gamma_neg: float = 4.0,
+        clip: float | None = 0.05,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+        use_sigmoid: bool = True,
+        eps: float = 1e-8,
+    ):
+        self.gamma_pos, self.gamma_neg, self.clip, self.eps = gamma_pos, gamma_neg, clip or 0.0, eps
+        self.use_sigmoid = use_sigmoid
+        self.reduction, self.loss_weight = _check_reduction(reduction), loss_weight
+
+    def __call__(
+        self,
+        cls_score: Float[Array, "b c"],
+        label: Num[Array, "b ..."],
+        weight: Float[Array, " b"] | None = None,
+        avg_factor: float | Array | None = None,
+        reduction_override: str | None = None,
+    ) -> Array:
+        """The loss of logits [B, classes] with labels [B] or targets [B, classes]; see `CrossEntropyLoss`."""
+        logits, target = _logits_and_target(self, cls_score, label)
+        p = jax.nn.sigmoid(logits) if self.use_sigmoid else jax.nn.softmax(logits)
+        right = target * p + (1 - target) * jnp.minimum(1 - p + self.clip, 1)
+        gamma = target * self.gamma_pos + (1 - target) * self.gamma_neg
+        focus = jnp.where(gamma == 0, 1, 1 - right) ** gamma  # the gradient of 0 ** 0 is NaN
+        loss = -focus * jnp.log(jnp.maximum(right, self.eps))
+        return self.loss_weight * reduce_loss(loss, weight, reduction_override or self.reduction, avg_factor)
+
+
+class SeesawLoss(BaseModule):
+    """Cross entropy that spares rare classes the pull of frequent ones (Wang et al., 2021, arXiv 2008.10032).
+
+    The term of class j in the softmax of a sample of class i is multiplied by (N_j / N_i)^p, if that is under 1, where
+    N counts the samples of each class so far, and by (prob_j / prob_i)^q, if that is over 1.
+
+    Args:
+        use_sigmoid: must be False.
+        p, q: the exponents; 0 leaves a factor out.
+        num_classes: number of classes.
+        eps: the smallest prob_i.
+        reduction, loss_weight: as of `CrossEntropyLoss`.
+
+    Attributes:
+        cum_samples: N, float32 [classes]; each call in training mode counts its labels before it uses it.
+    """
+
+    def __init__(
+        self,
+        use_sigmoid: bool = False,
+        p: float = 0.8,
+        q: float = 2.0,
+        num_classes: int = 1000,
+        eps: float = 1e-2,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+    ):
+        if use_sigmoid:
+            raise ConfigError("SeesawLoss has no use_sigmoid=True")
+        self.p, self.q, self.num_classes, self.eps = p, q, num_classes, eps
+        self.reduction, self.loss_weight = _check_reduction(reduction), loss_weight
+        self.deterministic = False
+        self.cum_samples = nnx.BatchStat(jnp.zeros((num_classes,), jnp.float32))
+
+    def __call__(
+        self,
+        cls_score: Float[Array, "b c"],
+        label: Int[Array, " b"],
+        weight: Float[Array, " b"] | None = None,
+        avg_factor: float | Array | None = None,
+        reduction_override: str | None = None,
+    ) -> Array:
+        """The loss of logits [B, classes] with int labels [B]; see `CrossEntropyLoss`."""
+        if label.ndim != 1:
+            raise ConfigError("SeesawLoss needs int labels: switch off the batch augmentations")
+        if cls_score.shape[-1] != self.num_classes:
+            raise ConfigError(f"SeesawLoss: num_classes={self.num_classes}, but {cls_score.shape[-1]} logits")
+        logits, target = _logits_and_target(self, cls_score, label)
+        if not self.deterministic:
+            counted = self.cum_samples[...] + jax.lax.stop_gradient(target).sum(axis=0).astype(jnp.float32)
+            self.cum_samples.set_value(counted)
+        log_count = jnp.log(jnp.maximum(self.cum_samples[...].astype(logits.dtype), 1))
+        log_prob = jax.lax.stop_gradient(jax.nn.log_softmax(logits))
+
+        def of_label(values: Array) -> Array:
+            return (target * values).sum(axis=-1, keepdims=True)
+
+        rarer = jnp.minimum(log_count - of_label(log_count), 0)
+        likelier = jnp.maximum(log_prob - jnp.maximum(of_label(log_prob), math.log(self.eps)), 0)
+        logits = logits + (1 - target) * (self.p * rarer + self.q * likelier)
+        loss = -(target * jax.nn.log_softmax(logits)).sum(axis=-1)
+        return self.loss_weight * reduce_loss(loss, weight, reduction_override or self.reduction, avg_factor)
 
 
 class PixelReconstructionLoss(BaseModule):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError
-from jaxpretrain.models.layers.base import BaseModule
+from jaxpretrain.models.layers.base import BaseModule, Frozen
 from jaxpretrain.models.layers.conv import global_avg_pool, relu
+from jaxpretrain.models.layers.ffn import activation
 from jaxpretrain.models.layers.linear import Linear
-from jaxpretrain.models.layers.norm import build_norm
+from jaxpretrain.models.layers.norm import BatchNorm, build_norm
 
 _SYNC_BN = {"type": "SyncBN"}
 _INIT = ({"type": "Constant", "val": 1, "layer": ["_BatchNorm", "GroupNorm"]},)
@@ -36,6 +38,100 @@ class GlobalAveragePooling(BaseModule):
         if x.ndim != self.dim + 2:
             raise ValueError(f"GlobalAveragePooling(dim={self.dim}): an array of shape {x.shape} has not dim + 2 axes")
         return global_avg_pool(x)
+
+
+class GeneralizedMeanPooling(BaseModule):
+    """(mean of x^p over an image's positions)^(1/p): [B, H, W, C] -> [B, C]; of each array, if given a tuple.
+
+    From the mean (p = 1) to the maximum (p to infinity). Radenović et al. (2019, https://arxiv.org/abs/1711.02512).
+
+    Args:
+        p: the exponent, 1 or more; where it starts, if it learns.
+        eps: values below are raised to it, if `clamp`.
+        clamp: whether to do so; a negative value has no power.
+        p_trainable: whether p learns.
+    """
+
+    def __init__(self, p: float = 3.0, eps: float = 1e-6, clamp: bool = True, p_trainable: bool = True):
+        if p < 1:
+            raise ConfigError(f"GeneralizedMeanPooling: p must be 1 or more, not {p}")
+        self.eps, self.clamp = eps, clamp
+        self.p = (nnx.Param if p_trainable else Frozen)(jnp.full((1,), p, jnp.float32))
+
+    def __call__(self, x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return tuple(self(array) for array in x)
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = jnp.maximum(y, self.eps) if self.clamp else y
+        p = self.p[...].astype(y.dtype)
+        return (global_avg_pool(y**p) ** (1 / p)).astype(x.dtype)
+
+
+class ClsBatchNormNeck(BaseModule):
+    """Batch normalisation of [B, C] class tokens before the head, in MAE's linear probing; of each array of a tuple.
+
+    Args:
+        input_features: C.
+        affine: whether to learn scale and bias.
+        eps: added to the variance.
+        init_cfg: initialisation, MMEngine's dictionaries.
+        groups: number of parts of the batch normalised apart in training, as of `BatchNorm`; not in MMPretrain.
+    """
+
+    def __init__(
+        self, input_features: int, affine: bool = False, eps: float = 1e-6, init_cfg: Any = None, groups: int = 1
+    ):
+        self.init_cfg = init_cfg
+        self.bn = BatchNorm(input_features, eps=eps, affine=affine, groups=groups)
+
+    def __call__(self, x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return tuple(self(array) for array in x)
+        return self.bn(x)
+
+
+class LinearNeck(BaseModule):
+    """act(norm(fc(x))) of the last array of a tuple, or of an array: [B, ..., in] -> ([B, out],).
+
+    Args:
+        in_channels, out_channels: widths of input and output.
+        gap_dim: number of spatial axes to average over first, 0 to 3; with 0, they are flattened.
+        norm_cfg: the norm, as for `build_norm`; None: none.
+        act_cfg: the activation; None: none.
+        init_cfg: initialisation, MMEngine's dictionaries.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        gap_dim: int = 0,
+        norm_cfg: Mapping[str, Any] | None = {"type": "BN1d"},
+        act_cfg: Mapping[str, Any] | None = None,
+        init_cfg: Any = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if gap_dim not in (0, 1, 2, 3):
+            raise ConfigError(f"LinearNeck: gap_dim is 0, 1, 2 or 3, not {gap_dim}")
+        self.init_cfg = init_cfg
+        self.gap = GlobalAveragePooling(gap_dim) if gap_dim else None
+        self.fc = Linear(in_channels, out_channels, rngs=rngs)
+        self.norm = build_norm(norm_cfg, out_channels, rngs=rngs) if norm_cfg else None
+        self.act = activation(act_cfg) if act_cfg else None
+
+    def __call__(self, x: Any) -> tuple[Float[Array, "b out"]]:
+        x = x[-1] if isinstance(x, tuple | list) else x
+        x = x if self.gap is None else self.gap(x)
+        x = self.fc(x.reshape(x.shape[0], -1))
+        x = x if self.norm is None else self.norm(x)
+        return (x if self.act is None else self.act(x),)
+
+
+class LinearReduction(LinearNeck):
+    """What `LinearNeck` was called in MMClassification 1.0, where checkpoints call its layer `reduction`."""
+
+    state_names: ClassVar = {"fc": "reduction"}
 
 
 class NonLinearNeck(BaseModule):

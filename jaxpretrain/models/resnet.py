@@ -44,12 +44,13 @@ class ResidualBlock(BaseModule):
 
     Args:
         in_channels, out_channels: channels of input and output.
-        expansion: how many times fewer channels the branch has inside.
+        mid_channels: channels inside the branch.
         stride, dilation: of the branch's (first) 3x3 convolution.
         style: where a bottleneck strides: in its 3x3 convolution ('pytorch') or its first 1x1 ('caffe').
         avg_down: whether the shortcut strides by average pooling.
         norm_cfg, norm_eval: the norms, as for `build_norm`.
         drop_path_rate: probability that a sample skips the branch in training.
+        groups: of the branch's 3x3 convolutions.
     """
 
     default_expansion: ClassVar[int]
@@ -58,7 +59,7 @@ class ResidualBlock(BaseModule):
         self,
         in_channels: int,
         out_channels: int,
-        expansion: int,
+        mid_channels: int,
         stride: int = 1,
         dilation: int = 1,
         style: str = "pytorch",
@@ -66,21 +67,21 @@ class ResidualBlock(BaseModule):
         norm_cfg: Mapping[str, Any] = _BN,
         norm_eval: bool = False,
         drop_path_rate: float = 0.0,
+        groups: int = 1,
         *,
         rngs: nnx.Rngs,
     ):
-        if out_channels % expansion:
-            raise ConfigError(f"ResNet: {out_channels} channels of a block are not divisible by expansion={expansion}")
         self.drop_path_rate = drop_path_rate
         self.deterministic = False
 
         def conv(ins: int, outs: int, size: int, stride: int, dilation: int = 1) -> Conv2d:
-            return Conv2d(ins, outs, size, stride, dilation * (size // 2), dilation, bias=False, rngs=rngs)
+            padding, parts = dilation * (size // 2), 1 if size == 1 else groups
+            return Conv2d(ins, outs, size, stride, padding, dilation, parts, bias=False, rngs=rngs)
 
         def norm(channels: int) -> BatchNorm | LayerNorm:
             return build_norm(norm_cfg, channels, norm_eval=norm_eval, rngs=rngs)
 
-        layout = self.layout(out_channels // expansion, out_channels, stride, dilation, style)
+        layout = self.layout(mid_channels, out_channels, stride, dilation, style)
         self.num_convs = len(layout)
         ins = in_channels
         for i, (outs, size, conv_stride, conv_dilation) in enumerate(layout, start=1):
@@ -100,15 +101,20 @@ class ResidualBlock(BaseModule):
         raise NotImplementedError
 
     def __call__(self, x: Float[Array, "b h w in"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "b h2 w2 out"]:
-        shortcut = y = x
+        shortcut = x
         for layer in self.downsample or ():
             shortcut = layer(shortcut)
-        for i in range(1, self.num_convs + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            y = relu(y) if i < self.num_convs else y
+        y = self.branch(x)
         if not self.deterministic:
             y = drop_path(y, self.drop_path_rate, rngs)
         return relu(y + shortcut)
+
+    def branch(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
+        """The convolutions and norms, with ReLU in between."""
+        for i in range(1, self.num_convs + 1):
+            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x))
+            x = relu(x) if i < self.num_convs else x
+        return x
 
 
 class BasicBlock(ResidualBlock):
@@ -212,7 +218,7 @@ class ResNet(BaseModule):
     ):
         self.init_cfg = init_cfg
         self.depth, self.num_stages, self.out_indices = depth, num_stages, tuple(out_indices)
-        self.deep_stem, self.zero_init_residual = deep_stem, zero_init_residual
+        self.base_channels, self.deep_stem, self.zero_init_residual = base_channels, deep_stem, zero_init_residual
         self.remat = "full" if with_cp else "none"
         self._check(strides, dilations, style, frozen_stages)
 
@@ -221,15 +227,14 @@ class ResNet(BaseModule):
         sizes = sizes[:num_stages]
         expansion = expansion or block.default_expansion
         rates = iter(np.linspace(0.0, drop_path_rate, sum(sizes)).tolist())
-        ins, outs = stem_channels, base_channels * expansion
+        ins, channels = stem_channels, base_channels
         for i, size in enumerate(sizes):
             stage = []
             for j in range(size):
                 stage.append(
                     block(
                         in_channels=ins,
-                        out_channels=outs,
-                        expansion=expansion,
+                        out_channels=channels * expansion,
                         stride=strides[i] if j == 0 else 1,
                         dilation=dilations[i],
                         style=style,
@@ -238,12 +243,17 @@ class ResNet(BaseModule):
                         norm_eval=norm_eval,
                         drop_path_rate=next(rates),
                         rngs=rngs,
+                        **self.block_args(channels),
                     )
                 )
-                ins = outs
+                ins = channels * expansion
             setattr(self, f"layer{i + 1}", nnx.List(stage))
-            outs *= 2
+            channels *= 2
         self._freeze(frozen_stages)
+
+    def block_args(self, channels: int) -> dict[str, Any]:
+        """What sets the variants' blocks apart, in a stage of `channels`: `base_channels`, doubled from stage to stage."""
+        return {"mid_channels": channels}
 
     def _check(self, strides: Sequence[int], dilations: Sequence[int], style: str, frozen_stages: int) -> None:
         name, stages = type(self).__name__, self.num_stages

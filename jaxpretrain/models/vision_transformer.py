@@ -1,9 +1,13 @@
-"""Vision Transformer (Dosovitskiy et al., 2021; DeiT: Touvron et al., 2021; DINOv2: Oquab et al., 2023)."""
+"""Vision Transformer (Dosovitskiy et al., 2021; DeiT: Touvron et al., 2021; DINOv2: Oquab et al., 2023).
+
+Registers are those of Darcet et al. (2024). `VisionTransformer` is also the frame of DeiT's distilled model, DeiT III,
+EVA-02 and SAM's encoder: they replace its layers, tokens and steps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +16,7 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float
 
-from jaxpretrain.build import ConfigError, nearest
+from jaxpretrain.build import ConfigError, build, nearest
 from jaxpretrain.models.layers.attention import MultiheadAttention
 from jaxpretrain.models.layers.base import BaseModule, Frozen, freeze
 from jaxpretrain.models.layers.drop import Dropout, drop_path
@@ -21,7 +25,7 @@ from jaxpretrain.models.layers.init import trunc_normal
 from jaxpretrain.models.layers.linear import Linear
 from jaxpretrain.models.layers.norm import build_norm
 from jaxpretrain.models.layers.patch_embed import PatchEmbed
-from jaxpretrain.models.layers.position import resize_pos_embed
+from jaxpretrain.models.layers.position import fit_pos_embed, resize_pos_embed
 from jaxpretrain.models.layers.stack import apply_layers
 
 _SIZE_KEYS = ("embed_dims", "num_layers", "num_heads", "feedforward_channels")
@@ -103,7 +107,10 @@ class TransformerEncoderLayer(BaseModule):
         rate = self.drop_path_rate if drop_path_rate is None else drop_path_rate
         rate = 0.0 if self.deterministic else rate
         x = x + drop_path(self.attn(self.ln1(x), rngs=rngs), rate, rngs)
-        return x + drop_path(self.ffn(self.ln2(x), rngs=rngs), rate, rngs)
+        return x + drop_path(self.ffn(self._ffn_norm(x), rngs=rngs), rate, rngs)
+
+    def _ffn_norm(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        return self.ln2(x)
 
     def init_weights(self, rngs: nnx.Rngs) -> None:
         """Besides `init_cfg`: Glorot-uniform kernels and biases of N(0, 1e-6) in the feed-forward half, as in ViT.
@@ -146,17 +153,29 @@ class VisionTransformer(BaseModule):
         layer_cfgs: further arguments of `TransformerEncoderLayer`: one dict for all, or one for each layer.
         pre_norm: whether tokens are normalised before the first layer, as in CLIP; patches then have no bias.
         init_cfg: initialisation (see `BaseModule`). Positions are drawn from a truncated normal distribution besides.
+        num_registers: learnt tokens without a position between class token and patches, which give attention a place
+            to keep what is about the whole image (DINOv2 with registers has 4). 'raw' returns them too.
 
     Attributes:
+        patch_resolution: patches (down, across) that the position table is for.
+        num_extra_tokens: tokens before the patches.
         scan_layers, remat: how the layers are run (see `apply_layers`); False and 'none' unless set.
 
     Raises:
         ConfigError: an unknown name, or arguments that do not fit together.
     """
 
+    # What sub-classes may have otherwise.
+    archs: ClassVar[Mapping[tuple[str, ...], tuple[int, ...]]] = _SIZES
+    layer_type: ClassVar[type] = TransformerEncoderLayer
+    out_types: ClassVar[tuple[str, ...]] = OUT_TYPES
+    tokens: ClassVar[tuple[str, ...]] = ("cls_token",)  # before the patches, if `with_cls_token`
+    tokens_have_positions: ClassVar[bool] = True
+    cls_token: nnx.Variable | None
+
     def __init__(
         self,
-        arch: str | Mapping[str, int] = "base",
+        arch: str | Mapping[str, Any] = "base",
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
         in_channels: int = 3,
@@ -175,16 +194,18 @@ class VisionTransformer(BaseModule):
         layer_cfgs: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {},
         pre_norm: bool = False,
         init_cfg: Any = None,
+        num_registers: int = 0,
         *,
         rngs: nnx.Rngs,
     ):
-        if out_type not in OUT_TYPES:
-            raise ConfigError(f"VisionTransformer: unknown out_type {out_type!r}.{nearest(out_type, OUT_TYPES)}")
+        name = type(self).__name__
+        if out_type not in self.out_types:
+            raise ConfigError(f"{name}: unknown out_type {out_type!r}.{nearest(out_type, self.out_types)}")
         if out_type == "cls_token" and not with_cls_token:
-            raise ConfigError("VisionTransformer: out_type='cls_token' needs with_cls_token=True, or choose another")
-        size = _size(arch)
+            raise ConfigError(f"{name}: out_type='cls_token' needs with_cls_token=True, or choose another")
+        size = architecture(arch, self.archs, name)
         self.embed_dims, self.num_layers = size["embed_dims"], size["num_layers"]
-        self.out_indices = _layer_indices(out_indices, self.num_layers)
+        self.out_indices = layer_indices(out_indices, self.num_layers, name)
         self.out_type, self.interpolate_mode, self.init_cfg = out_type, interpolate_mode, init_cfg
         self.scan_layers, self.remat = False, "none"
 
@@ -192,25 +213,31 @@ class VisionTransformer(BaseModule):
         patches |= {"kernel_size": patch_size, "input_size": img_size, **patch_cfg}
         self.patch_embed = PatchEmbed(**patches, rngs=rngs)
         self.patch_resolution = self.patch_embed.init_out_size
-        self.num_extra_tokens = int(with_cls_token)
-        num_tokens = self.patch_resolution[0] * self.patch_resolution[1] + self.num_extra_tokens
-        cls_token = nnx.Param(jnp.zeros((1, 1, self.embed_dims))) if with_cls_token else None
-        self.cls_token: nnx.Variable | None = cls_token
-        self.pos_embed: nnx.Variable = nnx.Param(jnp.zeros((1, num_tokens, self.embed_dims)))
+        for token in self.tokens:
+            setattr(self, token, nnx.Param(jnp.zeros((1, 1, self.embed_dims))) if with_cls_token else None)
+        num_tokens = len(self.tokens) * with_cls_token
+        self.num_extra_tokens = num_tokens + num_registers
+        self.num_positioned_tokens = num_tokens * self.tokens_have_positions
+        num_positions = self.patch_resolution[0] * self.patch_resolution[1] + self.num_positioned_tokens
+        self.pos_embed: nnx.Variable = nnx.Param(jnp.zeros((1, num_positions, self.embed_dims)))
+        shape = (1, num_registers, self.embed_dims)
+        # Not zeros: registers that start equal would stay equal.
+        registers = nnx.Param(1e-6 * jax.random.normal(rngs.params(), shape)) if num_registers else None
+        self.register_tokens: nnx.Variable | None = registers
         self.drop_after_pos = Dropout(drop_rate)
         self.pre_norm = build_norm(norm_cfg, self.embed_dims, rngs=rngs) if pre_norm else None
 
-        layer_cfgs = [layer_cfgs] * self.num_layers if isinstance(layer_cfgs, Mapping) else list(layer_cfgs)
-        if len(layer_cfgs) != self.num_layers:
-            raise ConfigError(f"VisionTransformer: {len(layer_cfgs)} layer_cfgs for {self.num_layers} layers")
         shared: dict[str, Any] = {key: size[key] for key in ("embed_dims", "num_heads", "feedforward_channels")}
         shared |= {"layer_scale_init_value": layer_scale_init_value, "drop_rate": drop_rate}
-        shared |= {"qkv_bias": qkv_bias, "norm_cfg": norm_cfg}
+        shared |= {"qkv_bias": qkv_bias, "norm_cfg": norm_cfg, "type": self.layer_type}
+        cfgs = [layer_cfgs] * self.num_layers if isinstance(layer_cfgs, Mapping) else list(layer_cfgs)
+        if len(cfgs) != self.num_layers:
+            raise ConfigError(f"{name}: {len(cfgs)} layer_cfgs for {self.num_layers} layers")
         rates = np.linspace(0, drop_path_rate, self.num_layers)
         self.layers = nnx.List(
             [
-                TransformerEncoderLayer(**{**shared, "drop_path_rate": float(rate), **cfg}, rngs=rngs)
-                for rate, cfg in zip(rates, layer_cfgs, strict=True)
+                build({**shared, "drop_path_rate": float(rates[i]), **self._layer_args(i), **cfgs[i]}, rngs=rngs)
+                for i in range(self.num_layers)
             ]
         )
         self.ln1 = build_norm(norm_cfg, self.embed_dims, rngs=rngs) if final_norm else None
@@ -218,13 +245,15 @@ class VisionTransformer(BaseModule):
         if frozen_stages > 0:
             self._freeze_stages(frozen_stages)
 
-    def __call__(self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None) -> tuple[Array, ...]:
+    def _layer_args(self, index: int) -> dict[str, Any]:
+        """What sub-classes give the constructor of layer `index` besides the usual arguments."""
+        return {}
+
+    def __call__(self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None) -> tuple[Any, ...]:
         """The chosen layers' outputs in the form of `out_type`, first layer first."""
         x, grid = self.embed(x)
-        x = self.drop_after_pos(self.add_cls_token(x), rngs=rngs)
-        if self.pre_norm is not None:
-            x = self.pre_norm(x)
-        x, outputs = self._run(x, rngs, self.out_indices)
+        x = self._prepare(x, rngs)
+        x, outputs = self._run(x, rngs, self.out_indices, self._layer_inputs(grid))
         if self.ln1 is not None and self.num_layers - 1 in outputs:
             outputs[self.num_layers - 1] = self.ln1(x)
         return tuple(self._format(output, grid) for output in outputs.values())
@@ -232,30 +261,49 @@ class VisionTransformer(BaseModule):
     # The steps of the forward pass, for methods that put something in between.
 
     def embed(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b n c"], tuple[int, int]]:
-        """Patch tokens with their positions, without the class token; and the patches down and across."""
+        """Patch tokens with their positions, without the extra tokens; and the patches down and across."""
         x, grid = self.patch_embed(x)
-        positions = resize_pos_embed(
-            self.pos_embed[...], self.patch_resolution, grid, self.interpolate_mode, self.num_extra_tokens
-        )
-        return x + positions[:, self.num_extra_tokens :].astype(x.dtype), grid
+        first = self.num_positioned_tokens
+        positions = resize_pos_embed(self.pos_embed[...], self.patch_resolution, grid, self.interpolate_mode, first)
+        return x + positions[:, first:].astype(x.dtype), grid
 
     def add_cls_token(self, x: Float[Array, "b n c"]) -> Float[Array, "b m c"]:
-        """Puts the class token, with its position, first; without a class token, x as it is."""
-        if self.cls_token is None:
-            return x
-        token = (self.cls_token[...] + self.pos_embed[:, :1]).astype(x.dtype)
-        return jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, x.shape[2])), x], axis=1)
+        """Puts the extra tokens first: class token with its position, then registers. Without any, x as it is."""
+        tokens = [getattr(self, name)[...] for name in self.tokens if getattr(self, name) is not None]
+        if self.num_positioned_tokens:
+            tokens = [jnp.concatenate(tokens, axis=1) + self.pos_embed[:, : self.num_positioned_tokens]]
+        if self.register_tokens is not None:
+            tokens.append(self.register_tokens[...])
+        tokens = [jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], *token.shape[1:])) for token in tokens]
+        return jnp.concatenate([*tokens, x], axis=1)
 
     def run_layers(self, x: Float[Array, "b n c"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "b n c"]:
         """All layers, without the final norm (`ln1`)."""
         return self._run(x, rngs)[0]
 
-    def _run(self, x: Array, rngs: nnx.Rngs | None, out_indices: Sequence[int] = ()) -> tuple[Array, dict[int, Array]]:
+    def _prepare(self, x: Float[Array, "b n c"], rngs: nnx.Rngs | None) -> Float[Array, "b m c"]:
+        """From positioned patches to the input of the first layer."""
+        x = self.drop_after_pos(self.add_cls_token(x), rngs=rngs)
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+    def _layer_inputs(self, grid: tuple[int, int]) -> dict[str, Any]:
+        """What each layer gets besides the tokens."""
+        return {}
+
+    def _run(
+        self, x: Array, rngs: nnx.Rngs | None, out_indices: Sequence[int] = (), inputs: Mapping[str, Any] = {}
+    ) -> tuple[Array, dict[int, Array]]:
         return apply_layers(
-            self.layers, x, rngs=rngs, scan_layers=self.scan_layers, remat=self.remat, out_indices=out_indices
+            self.layers,
+            x,
+            rngs=rngs,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            out_indices=out_indices,
+            shared=inputs,
         )
 
-    def _format(self, x: Float[Array, "b n c"], grid: tuple[int, int]) -> Array:
+    def _format(self, x: Float[Array, "b n c"], grid: tuple[int, int]) -> Any:
         if self.out_type == "raw":
             return x
         if self.out_type == "cls_token":
@@ -271,9 +319,16 @@ class VisionTransformer(BaseModule):
         super().init_weights(rngs)
         self.pos_embed.set_value(trunc_normal(0.02)(rngs.params(), self.pos_embed.shape))
 
+    def adapt(self, name: str, array: np.ndarray) -> np.ndarray | None:
+        """Positions for images of another size are interpolated, as MMPretrain does on loading."""
+        if name != "pos_embed":
+            return None
+        return fit_pos_embed(array, self.patch_resolution, self.interpolate_mode, self.num_positioned_tokens)
+
     def _freeze_stages(self, frozen_stages: int) -> None:
         if frozen_stages > self.num_layers:
-            raise ConfigError(f"VisionTransformer: frozen_stages={frozen_stages}, but it has {self.num_layers} layers")
+            name = type(self).__name__
+            raise ConfigError(f"{name}: frozen_stages={frozen_stages}, but it has {self.num_layers} layers")
         parts = [self.patch_embed, self.drop_after_pos, self.pre_norm, *self.layers[:frozen_stages]]
         if frozen_stages == self.num_layers:
             parts += [self.ln1, self.ln2]
@@ -281,28 +336,34 @@ class VisionTransformer(BaseModule):
             if part is not None:
                 freeze(part)
                 part.set_attributes(rate=0.0, drop_path_rate=0.0, raise_if_not_found=False)
-        self.pos_embed = Frozen(self.pos_embed.get_value())
-        if self.cls_token is not None:
-            self.cls_token = Frozen(self.cls_token.get_value())
+        for name, value in list(vars(self).items()):  # tokens and positions
+            if isinstance(value, nnx.Param):
+                setattr(self, name, Frozen(value.get_value()))
 
 
-def _size(arch: str | Mapping[str, int]) -> dict[str, int]:
-    """The four numbers that make an architecture."""
+def architecture(
+    arch: str | Mapping[str, Any],
+    archs: Mapping[tuple[str, ...], tuple[int, ...]] = _SIZES,
+    owner: str = "VisionTransformer",
+) -> dict[str, int]:
+    """The four numbers that make an architecture, by name or from a dictionary."""
     if isinstance(arch, str):
-        for names, numbers in _SIZES.items():
+        for names, numbers in archs.items():
             if arch.lower() in names:
                 return dict(zip(_SIZE_KEYS, numbers, strict=True))
-        raise ConfigError(f"VisionTransformer: unknown arch {arch!r}.{nearest(arch, [n for ns in _SIZES for n in ns])}")
+        raise ConfigError(f"{owner}: unknown arch {arch!r}.{nearest(arch, [n for names in archs for n in names])}")
     missing = [key for key in _SIZE_KEYS if key not in arch]
     if missing:
-        raise ConfigError(f"VisionTransformer: arch needs {', '.join(_SIZE_KEYS)}; missing: {', '.join(missing)}")
+        raise ConfigError(f"{owner}: arch needs {', '.join(_SIZE_KEYS)}; missing: {', '.join(missing)}")
     return {key: int(arch[key]) for key in _SIZE_KEYS}
 
 
-def _layer_indices(out_indices: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+def layer_indices(
+    out_indices: int | Sequence[int], num_layers: int, owner: str = "VisionTransformer"
+) -> tuple[int, ...]:
     """Sorted indices from 0 of the layers that `out_indices` (negative ones count from the end) mean."""
     indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
     for index in indices:
         if not -num_layers <= index < num_layers:
-            raise ConfigError(f"VisionTransformer: out_indices has {index}, but there are {num_layers} layers")
+            raise ConfigError(f"{owner}: out_indices has {index}, but there are {num_layers} layers")
     return tuple(sorted({index % num_layers for index in indices}))

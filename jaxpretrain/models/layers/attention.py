@@ -94,11 +94,27 @@ class MultiheadAttention(BaseModule):
         self.gamma1 = LayerScale(embed_dims, layer_scale_init_value) if layer_scale_init_value else None
 
     def __call__(self, x: Float[Array, "b n c"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "b n c"]:
-        b, n, c = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dims)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        y = scaled_dot_product_attention(self, q, k, v, scale=self.scale, dropout=self.attn_drop, rngs=rngs)
-        y = self.proj_drop(self.proj(y.reshape(b, n, c)), rngs=rngs)
+        return self.attend(*self.heads(x), rngs=rngs)
+
+    # The two halves of the call, for attention that does something with queries and keys in between.
+
+    def heads(self, x: Float[Array, "b n c"]) -> tuple[Float[Array, "b n h d"], ...]:
+        """Queries, keys and values."""
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dims)
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    def attend(
+        self,
+        q: Float[Array, "b n h d"],
+        k: Float[Array, "b n h d"],
+        v: Float[Array, "b n h d"],
+        *,
+        bias: Float[Array, "..."] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "b n c"]:
+        """The projected mean of values. `bias` is added to the logits; broadcastable to [B, heads, N, N]."""
+        y = scaled_dot_product_attention(self, q, k, v, scale=self.scale, bias=bias, dropout=self.attn_drop, rngs=rngs)
+        y = self.proj_drop(self.proj(y.reshape(*y.shape[:2], -1)), rngs=rngs)
         return y if self.gamma1 is None else self.gamma1(y)
 
 

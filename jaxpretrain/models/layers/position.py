@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -63,6 +65,18 @@ def _interpolation_matrix(source: int, target: int, mode: str) -> Float[np.ndarr
     index = np.clip(taps, 0, source - 1).astype(int)
     np.add.at(matrix, (np.arange(target)[:, None], index), _KERNELS[mode](np.abs(position - taps)))
     return matrix
+
+
+def fit_pos_embed(
+    pos_embed: Float[np.ndarray, "1 n c"], dst_shape: tuple[int, int], mode: str = "bicubic", num_extra_tokens: int = 1
+) -> Float[np.ndarray, "1 m c"] | None:
+    """A loaded position table of any square grid, resized to `dst_shape`; None if its tokens make no such grid."""
+    if pos_embed.ndim != 3 or pos_embed.shape[1] < num_extra_tokens:
+        return None
+    side = math.isqrt(pos_embed.shape[1] - num_extra_tokens)
+    if side**2 + num_extra_tokens != pos_embed.shape[1]:
+        return None
+    return np.asarray(resize_pos_embed(jnp.asarray(pos_embed), (side, side), dst_shape, mode, num_extra_tokens))
 
 
 def resize_pos_embed(

@@ -2,107 +2,119 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 from scipy.interpolate import make_interp_spline
 
-from jaxpretrain.models.layers.base import BaseModule
+NUM_CLS_ROWS = 3  # of a table for windows with a class token: class to patches, patches to class, class to class
 
-NUM_CLS_ROWS = 3  # of a table for windows with a class token: class to patch, patch to class, class to class
+
+def num_relative_positions(window: tuple[int, int]) -> int:
+    """How many offsets (rows, columns) there are between two tokens of a window."""
+    return (2 * window[0] - 1) * (2 * window[1] - 1)
 
 
 def relative_position_index(window: tuple[int, int], with_cls_token: bool = False) -> Int[np.ndarray, "n n"]:
-    """For each pair (query, key) of tokens of a window, in row-major order, the row of its bias in the table, int64.
+    """The row of the table for each pair (query, key) of tokens of a window, in row-major order; int64.
 
-    A table has (2h - 1) (2w - 1) rows, the offsets (row, column) from key to query in row-major order, from
-    (1 - h, 1 - w) on. With a class token, which is the first, `NUM_CLS_ROWS` rows follow.
+    A table has a row for each offset from key to query, in row-major order from (1 - h, 1 - w) on. With a class token,
+    which comes first, `NUM_CLS_ROWS` rows follow. This is what MMPretrain's checkpoints hold; here, nothing reads it.
     """
     h, w = window
     row, column = np.indices((h, w)).reshape(2, -1)
-    down = row[:, None] - row + h - 1
-    right = column[:, None] - column + w - 1
-    index = down * (2 * w - 1) + right
+    index = (row[:, None] - row + h - 1) * (2 * w - 1) + column[:, None] - column + w - 1
     if with_cls_token:
         index = np.pad(index, ((1, 0), (1, 0)))
-        index[0, 1:], index[1:, 0], index[0, 0] = np.arange(NUM_CLS_ROWS) + (2 * h - 1) * (2 * w - 1)
+        index[0, 1:], index[1:, 0], index[0, 0] = np.arange(NUM_CLS_ROWS) + num_relative_positions(window)
     return index
 
 
-def gather_bias(table: Float[Array, "rows heads"], index: Int[np.ndarray, "n n"]) -> Float[Array, "heads n n"]:
-    """The bias of each pair of tokens, for each head."""
-    return table[index.reshape(-1)].reshape(*index.shape, -1).transpose(2, 0, 1)
+def relative_position_bias(
+    table: Float[Array, "rows heads"], window: tuple[int, int], grid: tuple[int, int] | None = None
+) -> Float[Array, "heads n n"]:
+    """The bias of each pair (query, key) of tokens, by their offset.
+
+    A lookup, written as one contraction with one-hot matrices per axis: its gradient is a contraction too, where that of
+    indexing would add up in an order that varies from run to run on a GPU.
+
+    Args:
+        table: a row for each offset (see `relative_position_index`); with a class token three rows more.
+        window: tokens (down, across) that the table is for.
+        grid: the tokens at hand, if others; the table is then resized (`resize_relative_position_bias_table`).
+    """
+    count, heads = num_relative_positions(window), table.shape[1]
+    offsets = table[:count].reshape(2 * window[0] - 1, 2 * window[1] - 1, heads)
+    pick_row, pick_column = (_pick(old, new, table.dtype) for old, new in zip(window, grid or window, strict=True))
+    bias = jnp.einsum("ijr,klc,rch->hikjl", pick_row, pick_column, offsets, precision="highest")
+    n = pick_row.shape[0] * pick_column.shape[0]
+    bias = bias.reshape(heads, n, n)
+    if table.shape[0] == count:
+        return bias
+    from_cls, to_cls, cls_to_cls = table[count:, :, None, None]
+    first = jnp.concatenate([cls_to_cls, jnp.broadcast_to(from_cls, (heads, 1, n))], axis=2)
+    others = jnp.concatenate([jnp.broadcast_to(to_cls, (heads, n, 1)), bias], axis=2)
+    return jnp.concatenate([first, others], axis=1)
+
+
+def _pick(src: int, dst: int, dtype: Any) -> Float[Array, "dst dst 2*src-1"]:
+    """For each pair of tokens along an axis, the weights of the offsets in a table: 1 for its own if no resizing is due."""
+    offset = np.arange(dst)[:, None] - np.arange(dst)
+    pick = jax.nn.one_hot(offset + dst - 1, 2 * dst - 1, dtype=dtype)
+    return pick if src == dst else jnp.matmul(pick, jnp.asarray(_resize_matrix(src, dst), dtype), precision="highest")
 
 
 def resize_relative_position_bias_table(
-    table: Float[Array, "rows heads"], src_window: tuple[int, int], dst_window: tuple[int, int]
-) -> Float[Array, "rows2 heads"]:
-    """A table for another window, by BEiT's scheme, which MMPretrain uses for BEiT and Swin when weights are loaded.
+    table: Float[np.ndarray, "rows heads"], src_window: tuple[int, int], dst_window: tuple[int, int]
+) -> Float[np.ndarray, "rows2 heads"]:
+    """A table for another window, by BEiT's scheme, as MMPretrain's BEiT and Swin resize weights on loading.
 
-    The offsets of the old table are put at distances that grow geometrically, so that its outermost ones reach the new
-    table's, while near ones keep their place; a cubic spline through them gives the values in between. Rows beyond the
-    offsets (those of a class token) stay. This goes for NumPy and for JAX arrays, which may be traced, and for windows
-    that are not square, where MMPretrain has square ones only.
-
-    Args:
-        table: float32 or float64.
-        src_window: its window, in tokens (down, across).
-        dst_window: the wanted one.
+    The offsets of the old table are put at distances that grow geometrically, so that the outermost ones reach those of
+    the new table while near ones keep their place; a cubic spline through them gives what is in between. The rows of a
+    class token stay. Windows may be any rectangles (MMPretrain: squares).
 
     Raises:
-        ValueError: the table is too small for `src_window`.
+        ValueError: the number of rows does not fit `src_window`.
     """
-    offsets = (2 * src_window[0] - 1, 2 * src_window[1] - 1)
-    count = offsets[0] * offsets[1]
-    if table.shape[0] < count:
-        raise ValueError(f"a window of {src_window} has {count} relative positions, but the table {table.shape[0]} rows")
-    if tuple(src_window) == tuple(dst_window):
-        return table
-    xp: Any = np if isinstance(table, np.ndarray) else jnp
-    grid, extra = table[:count].reshape(*offsets, -1), table[count:]
-    down, across = (_spline_matrix(*sizes).astype(table.dtype) for sizes in zip(src_window, dst_window, strict=True))
-    grid = xp.tensordot(down, xp.tensordot(across, grid, axes=(1, 1)), axes=(1, 1))
-    return xp.concatenate([grid.reshape(-1, table.shape[1]), extra])
+    count = num_relative_positions(src_window)
+    if table.shape[0] - count not in (0, NUM_CLS_ROWS):
+        raise ValueError(
+            f"a table for a window of {tuple(src_window)} has {count} rows, or {NUM_CLS_ROWS} more with a "
+            f"class token; this one has {table.shape[0]}"
+        )
+    offsets = table[:count].reshape(2 * src_window[0] - 1, 2 * src_window[1] - 1, -1)
+    down, across = (_resize_matrix(old, new) for old, new in zip(src_window, dst_window, strict=True))
+    resized = np.einsum("ir,jc,rch->ijh", down, across, offsets, optimize=True)
+    return np.concatenate([resized.reshape(-1, table.shape[1]), table[count:]]).astype(table.dtype)
 
 
-def _spline_matrix(src: int, dst: int) -> Float[np.ndarray, "2*dst-1 2*src-1"]:
-    """The linear map of the offsets of a window of `src` tokens along one axis to those of `dst` tokens."""
+def fit_bias_table(
+    table: Float[np.ndarray, "rows heads"], window: tuple[int, int], with_cls_token: bool = False
+) -> Float[np.ndarray, "rows2 heads"] | None:
+    """A loaded table of any square window, resized for `window`; None if its rows are those of no such window."""
+    side = math.isqrt(max(table.shape[0] - NUM_CLS_ROWS * with_cls_token, 0))
+    source = ((side + 1) // 2,) * 2
+    if num_relative_positions(source) + NUM_CLS_ROWS * with_cls_token != table.shape[0]:
+        return None
+    return resize_relative_position_bias_table(table, source, window)
+
+
+@lru_cache(maxsize=64)
+def _resize_matrix(src: int, dst: int) -> Float[np.ndarray, "2*dst-1 2*src-1"]:
+    """The linear map from the offsets along one axis of a window of `src` tokens to those of one of `dst` tokens."""
     if src == dst:
         return np.eye(2 * src - 1)
-    # The ratio q with 1 + q + ... + q^(src - 2) = dst - 1, by the bisection that defines it (bounds, accuracy) in BEiT.
+    # The ratio of 1 + ratio + ... + ratio ** (src - 2) = dst - 1, within BEiT's bounds and to its accuracy.
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
-        low, high = (low, ratio) if (ratio ** (src - 1) - 1) / (ratio - 1) > dst - 1 else (ratio, high)
-    distance = np.cumsum(ratio ** np.arange(src - 1))
-    nodes = np.concatenate([-distance[::-1], [0], distance])
-    wanted = np.clip(np.arange(1 - dst, dst), nodes[0], nodes[-1])
+        low, high = (low, ratio) if sum(ratio ** np.arange(src - 1)) > dst - 1 else (ratio, high)
+    distances = np.cumsum(ratio ** np.arange(src - 1))
+    nodes = np.concatenate([-distances[::-1], [0], distances])
+    wanted = np.clip(np.arange(1 - dst, dst), nodes[0], nodes[-1])  # flat beyond the ends
     return make_interp_spline(nodes, np.eye(len(nodes)), k=min(3, len(nodes) - 1))(wanted)
-
-
-class RelativePositionBias(BaseModule):
-    """A learned bias of the attention logits, by relative position, for tokens of one window (BEiT, shared by layers).
-
-    Args:
-        window_size: patches (down, across) that the table is for.
-        num_heads: heads, each with its own biases.
-        with_cls_token: whether a class token comes first.
-    """
-
-    def __init__(self, window_size: tuple[int, int], num_heads: int, with_cls_token: bool = True):
-        self.window_size, self.with_cls_token = window_size, with_cls_token
-        rows = (2 * window_size[0] - 1) * (2 * window_size[1] - 1) + NUM_CLS_ROWS * with_cls_token
-        self.relative_position_bias_table = nnx.Param(jnp.zeros((rows, num_heads)))
-
-    def __call__(self, grid: tuple[int, int] | None = None) -> Float[Array, "heads n n"]:
-        """The biases of all pairs of tokens. `grid` (the table's window if None) is the number of patches at hand.
-
-        For another grid than its own the table is resized; MMPretrain refuses such images.
-        """
-        return bias_for_grid(self.relative_position_bias_table[...], self.window_size, grid, self.with_cls_token)
-
-    def derived(self) -> dict[str, np.ndarray]:
-        return {"relative_position_index": relative_position_index(self.window_size, self.with_cls_token)}

@@ -1,0 +1,42 @@
+"""Relative positions in two parts, rows and columns, that depend on the query (MViTv2: Li et al., 2022, section 4.1)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxpretrain.models.layers.position import resize_pos_embed
+
+
+def relative_vectors(table: Float[Array, "offsets d"], size: int) -> Float[Array, "size size d"]:
+    """The vector of each pair (query, key) of positions on an axis of `size`.
+
+    `table` has a vector per offset from -(n - 1) to n - 1. Where n is not `size`, it is interpolated linearly.
+    """
+    offsets = (1, 2 * size - 1)
+    resized = resize_pos_embed(table[None], (1, len(table)), offsets, mode="bilinear", num_extra_tokens=0)[0]
+    position = np.arange(size)
+    return resized[position[:, None] - position + size - 1]
+
+
+def decomposed_bias(
+    q: Float[Array, "b n heads d"],
+    grid: tuple[int, int],
+    rel_pos_h: Float[Array, "offsets_h d"],
+    rel_pos_w: Float[Array, "offsets_w d"],
+) -> Float[Array, "b heads n n"]:
+    """q_i . (r_h[row of i - row of j] + r_w[column of i - column of j]), to be added to the logits; float32 at least.
+
+    Args:
+        q: queries of the patches of a grid, in row-major order, not scaled.
+        grid: patches down and across.
+        rel_pos_h, rel_pos_w: vectors per offset, as of `relative_vectors`; the same for all heads.
+    """
+    h, w = grid
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(q.shape[0], h, w, *q.shape[2:])
+    down, across = (relative_vectors(t, s).astype(q.dtype) for t, s in ((rel_pos_h, h), (rel_pos_w, w)))
+    rows = jnp.einsum("bhwnd,hkd->bnhwk", q, down, preferred_element_type=dtype)
+    columns = jnp.einsum("bhwnd,wkd->bnhwk", q, across, preferred_element_type=dtype)
+    return (rows[..., None] + columns[..., None, :]).reshape(q.shape[0], -1, h * w, h * w)
