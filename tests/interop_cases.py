@@ -81,7 +81,8 @@ def classifier(
 def named(kind: str, channels: int, head: str = "LinearClsHead", **args: Any) -> dict[str, Any]:
     """A classifier of 1000 classes; the backbone alone for 0 `channels`. `args` are the backbone's."""
     backbone = dict(type=kind, **args)
-    return classifier(backbone, channels, head, num_classes=1000) if channels else backbone
+    neck = GAP if "Res" in kind or "Swin" in kind else None
+    return classifier(backbone, channels, head, neck, num_classes=1000) if channels else backbone
 
 
 @cache

@@ -226,8 +226,9 @@ def test_gradients_are_finite_differences(cfg):
 
 @ALL
 def test_training_draws_and_evaluation_does_not(cfg):
-    assert_modes(make(cfg | dict(drop_path_rate=0.5, drop_rate=0.1)), images(4, 16, 16, 3))
-    assert_modes(make(cfg | dict(layer_cfgs=dict(attn_drop_rate=0.3))), images(4, 16, 16, 3))
+    assert_modes(
+        make(cfg | dict(drop_path_rate=0.5, drop_rate=0.1, layer_cfgs=dict(attn_drop_rate=0.3))), images(4, 16, 16, 3)
+    )
 
 
 @ALL

@@ -344,9 +344,19 @@ def test_gradients_are_finite_differences(cfg):
 
 @BOTH
 def test_training_draws_and_evaluation_does_not(cfg):
-    attn = dict(attn_drop=0.1, proj_drop=0.1)
-    assert_modes(make(cfg | dict(drop_path_rate=0.5, drop_rate=0.1)), images(4, 32, 32, 3))
-    assert_modes(make(cfg | dict(stage_cfgs=dict(block_cfgs=dict(attn_cfgs=attn)))), images(2, 32, 32, 3))
+    stage_cfgs = dict(block_cfgs=dict(attn_cfgs=dict(attn_drop=0.1, proj_drop=0.1), ffn_cfgs=dict(ffn_drop=0.1)))
+    assert_modes(make(cfg | dict(drop_path_rate=0.5, drop_rate=0.1, stage_cfgs=stage_cfgs)), images(4, 32, 32, 3))
+
+
+def test_attention_dropout_is_on_the_weights():
+    for kind in (WindowMSA, WindowMSAV2):
+        layer = filled(lambda kind=kind: kind(6, (2, 2), 2, attn_drop=0.5, rngs=nnx.Rngs(0)))
+        x = images(1, 4, 6)
+        draws = jax.vmap(lambda key, layer=layer: layer(x, rngs=nnx.Rngs(dropout=key)))
+        y = quick_jit(draws)(jax.random.split(jax.random.key(0), 4000))
+        layer.eval()
+        np.testing.assert_allclose(y.mean(axis=0), layer(x), atol=0.1)
+        assert float(y.std(axis=0).min()) > 1e-3
 
 
 @BOTH
@@ -377,7 +387,9 @@ def test_intermediates(cfg):
     model.eval()
     model.set_attributes(scan_layers=True, raise_if_not_found=False)
     x = images(2, 36, 32, 3)
-    outputs, found = intermediates(model, x, names=("stages.*.out", "*.weights"))
+    graphdef, state = nnx.split(model)
+    names = ("stages.*.out", "*.weights")
+    outputs, found = quick_jit(lambda state, x: intermediates(nnx.merge(graphdef, state), x, names=names))(state, x)
     assert found["stages.1.blocks.3.out"].shape == (2, 5, 4, 16)
     weights = found["stages.0.blocks.0.attn.w_msa.weights"]
     assert weights.shape == (2 * 3 * 2, 2, 16, 16)

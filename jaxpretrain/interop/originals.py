@@ -212,7 +212,6 @@ def eva02(backbone: Any, model: Any) -> Table:
         Rule((f"{block}.mlp.w1.{{p}}", f"{block}.mlp.w2.{{p}}"), f"{layer}.mlp.w12.{{p}}", stack(2)),
         Rule(f"{block}.mlp.ffn_ln.{{p}}", f"{layer}.mlp.norm.{{p}}"),
     ]
-    ropes = [f"{owner}rope.freqs_{kind}" for owner in ("", "{}.attn.") for kind in ("cos", "sin")]
     rules = [
         *_vit()[:3],
         *(apart + one if backbone.sub_ln else one + apart),
@@ -221,7 +220,8 @@ def eva02(backbone: Any, model: Any) -> Table:
         Rule(f"{block}.norm1.{{p}}", f"{layer}.norm1.{{p}}"),
         Rule(f"{block}.norm2.{{p}}", f"{layer}.norm2.{{p}}"),
         Rule(f"{block}.mlp.w3.{{p}}", f"{layer}.mlp.w3.{{p}}"),
-        *(Rule(name.format(block), ("" if "{" in name else "backbone.") + name.format(layer)) for name in ropes),
+        Rule("rope.{rest}", "backbone.rope.{rest}"),
+        Rule(f"{block}.attn.rope.{{rest}}", f"{layer}.attn.rope.{{rest}}"),
         Rule("norm.{p}", "backbone.ln1.{p}"),
         Rule("fc_norm.{p}", "backbone.ln2.{p}"),
         *head_rules(model, "head"),

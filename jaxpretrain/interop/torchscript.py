@@ -37,10 +37,11 @@ _DTYPES: dict[str, Any] = {
 
 def is_archive(path: str | os.PathLike) -> bool:
     """Whether a file is a TorchScript archive: a zip file with constants, which `torch.save` does not write."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read(path: str | os.PathLike) -> State:

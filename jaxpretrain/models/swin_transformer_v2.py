@@ -39,9 +39,11 @@ def relative_coords_table(window: tuple[int, int], pretrained: tuple[int, int]) 
     The largest offset of the `pretrained` window, or of the window itself where that is (0, 0), is log2(9) / 3 = 1.06.
     """
     largest = [max((old or new) - 1, 1) for old, new in zip(pretrained, window, strict=True)]
-    axes = [8 * np.arange(1 - size, size) / most for size, most in zip(window, largest, strict=True)]
+    # In the precision and order of PyTorch's versions, so that files with this table come back bit by bit.
+    sides = (np.arange(1 - size, size, dtype=np.float32) for size in window)
+    axes = [side / most * 8 for side, most in zip(sides, largest, strict=True)]
     offsets = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
-    return (np.sign(offsets) * np.log2(np.abs(offsets) + 1) / 3)[None].astype(np.float32)
+    return (np.sign(offsets) * np.log2(np.abs(offsets) + 1) / 3)[None]
 
 
 class WindowMSAV2(BaseModule):

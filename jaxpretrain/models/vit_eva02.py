@@ -131,8 +131,8 @@ class ViTEVA02(VisionTransformer):
         rope: the angles. 'eva02' are the paper's: the 16 patches of the pre-training, at other sizes stretched over the
             grid; channels turn in pairs. 'mmpretrain' are those that MMPretrain's constructor makes: as if of half as
             many patches as a head has channels, and the two channels of a pair turn by different angles, which is no
-            rotation. MMPretrain's published weights bring a table of their own, EVA-02's, which replaces it at the
-            size that they are for: run them with 'eva02'.
+            rotation. MMPretrain's converter of weights keeps EVA-02's own table, which replaces the constructor's at
+            the size that the weights are for: run converted weights with 'eva02'.
         kwargs: other arguments of `VisionTransformer`; `layer_cfgs` are further ones of `EVA02EncoderLayer`.
     """
 
