@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -24,6 +25,7 @@ from jaxpretrain.models.layers.conv import Conv2d
 from jaxpretrain.zoo import download as download_module
 from jaxpretrain.zoo import factory, index
 from jaxpretrain.zoo.download import DownloadError
+from jaxpretrain.zoo.index import model_info
 from tests.weights_server import serve
 
 NAME = "resnet18_8xb16_cifar10"
@@ -267,6 +269,18 @@ def test_published_weights_are_fetched_and_converted_once(zoo, tmp_path, monkeyp
     assert_same(get_model("tiny", pretrained=True), zoo.original)
     assert_same(get_model("tiny", pretrained=model.info.weights), zoo.original)
     assert len(zoo.requests) == 1
+
+
+def test_settings_that_the_published_weights_need(zoo, monkeypatch):
+    released = dict(backbone=dict(style="caffe"))
+    info = dataclasses.replace(model_info("tiny"), released=released)
+    monkeypatch.setattr("jaxpretrain.zoo.factory.model_info", lambda name: info)
+    assert get_model("tiny", pretrained=True).config["backbone"]["style"] == "caffe"
+    assert get_model("tiny", pretrained=True, backbone=dict(style="pytorch")).config["backbone"]["style"] == "pytorch"
+    assert "style" not in get_model("tiny").config["backbone"]
+    assert "style" not in get_model("tiny", pretrained=str(zoo.file)).config["backbone"]
+    for name, setting in (("deit3-small-p16_3rdparty_in1k", "ffn_norm"), ("vit-tiny-p14_eva02-pre_in21k", "rope")):
+        assert setting in model_info(name).released["backbone"]
 
 
 def test_weights_converted_and_damaged_since_are_made_again(zoo, tmp_path):

@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
         reinit_head=bool(flags.reinit_head),
     )
     print(report)
+    if note := zoo_note(flags.model):
+        print(f"note: {note}")
     meta = dict(name=flags.model, model=config, layout=report.layout, source=str(flags.src))
     save_weights(model, flags.dst, meta=meta, report=report, progress=True)
     print(f"written to {flags.dst}")
@@ -74,6 +76,14 @@ def model_config(name: str) -> dict[str, Any]:
 
         config = model_info(name).model
     return config["model"] if config.get("type") == "Supervised" else config
+
+
+def zoo_note(name: str) -> str | None:
+    """What the zoo says about a model before one uses its weights."""
+    from jaxpretrain.zoo import model_info
+    from jaxpretrain.zoo.index import is_model_name
+
+    return model_info(name).note if is_model_name(name) else None
 
 
 def abstract(config: Mapping[str, Any]) -> Any:

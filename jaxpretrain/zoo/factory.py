@@ -78,6 +78,8 @@ def get_model(
     """
     config, info, load_from = _describe(model)
     removed = [name for name, value in overrides.items() if value is None and config.get(name) is not None]
+    if pretrained is True or (pretrained and pretrained == info.weights):
+        config = _merge(config, info.released)
     info = dataclasses.replace(info, model=_merge(config, overrides))
     _check_exists(info)
     if pretrained is True and load_from:

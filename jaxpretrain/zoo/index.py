@@ -98,6 +98,8 @@ class ModelInfo:
         downstream: names of models fine-tuned or probed from this one.
         built: what MMPretrain 1.2 has when it builds the model: `params`, `trainable`, `keys` of the state dict.
         note: what to know before using it, or None.
+        released: changes to `model` that its published weights need, where MMPretrain builds it otherwise than they were
+            trained; `get_model(pretrained=True)` makes them.
     """
 
     name: str
@@ -113,6 +115,7 @@ class ModelInfo:
     downstream: Sequence[str] = ()
     built: Mapping[str, int] = field(default_factory=dict)
     note: str | None = None
+    released: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def missing(self) -> tuple[str, ...]:
