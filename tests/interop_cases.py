@@ -1,8 +1,8 @@
 """What the tests of timm's and torchvision's layouts share: tiny models of theirs, and what is to hold for ours.
 
-`python -m tests.interop_cases timm torchvision` (where these are installed) runs theirs and writes `tests/golden/interop`:
-names and shapes of state dicts, the tables that constructors make, and outputs. Weights are a function of name and shape, so
-none is stored. Of published models, names and shapes alone are kept.
+`python -m tests.interop_cases timm torchvision` (where these are installed) runs theirs and writes golden files: names and
+shapes of state dicts, the tables that constructors make, and outputs. Weights are a function of name and shape, so none is
+stored. Of published models, names and shapes alone are kept.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def state(case: Case) -> dict[str, np.ndarray]:
 
 def abstract(cfg: Mapping[str, Any]) -> Any:
     """Our model without weights, in eval mode."""
-    # One key for all draws: of an abstract model nothing is drawn, and tracing the counts of `nnx.Rngs` takes most of the time.
+    # One key for all draws: an abstract model needs none, and tracing the counts of `nnx.Rngs` takes most of the time.
     key = jax.random.key(0)
     model = nnx.eval_shape(lambda: build(cfg, rngs=SimpleNamespace(params=lambda: key)))
     model.eval()

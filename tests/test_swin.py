@@ -49,9 +49,15 @@ BOTH = pytest.mark.parametrize("cfg", [V1, V2], ids=["v1", "v2"])
 # Parity with the reference
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", ["swin-tiny_16xb64_in1k", "swinv2-tiny-w8_3rdparty_in1k-256px"])
+@pytest.mark.parametrize(
+    ("name", "scan"),
+    [
+        ("swin-tiny_16xb64_in1k", True),
+        ("swinv2-tiny-w8_3rdparty_in1k-256px", True),
+        pytest.param("swin-tiny_16xb64_in1k", False, marks=pytest.mark.slow),
+        pytest.param("swinv2-tiny-w8_3rdparty_in1k-256px", False, marks=pytest.mark.slow),
+    ],
+)
 def test_features_and_logits_are_the_references(name, scan):
     assert_golden(name, scan)
 
