@@ -200,6 +200,27 @@ def build(cfg: Any, **defaults: Any) -> Any:
     return component(**args)
 
 
+class _OneKey:
+    """Stands for `nnx.Rngs` where only shapes count: tracing the counters of every draw is what takes the time."""
+
+    def __init__(self, key: Any):
+        self._key = key
+
+    def __getattr__(self, stream: str) -> Callable[[], Any]:
+        return lambda: self._key
+
+
+def abstract(cfg: Any, **defaults: Any) -> Any:
+    """The module that `build(cfg, **defaults)` gives, with shapes (`jax.ShapeDtypeStruct`) in place of arrays.
+
+    As `nnx.eval_shape`, several times as fast.
+    """
+    import jax
+    from flax import nnx
+
+    return nnx.eval_shape(lambda: build(cfg, rngs=_OneKey(jax.random.key(0)), **defaults))
+
+
 def accepted_arguments(kind: str) -> tuple[str, ...]:
     """The argument names of the component called `kind`, without `rngs`; empty if there is none of that name."""
     try:

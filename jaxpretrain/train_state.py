@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxpretrain.build import build
+from jaxpretrain.build import abstract, build
 from jaxpretrain.methods.base import Method, Progress
 from jaxpretrain.optim.ema import ema_update
 
@@ -35,8 +35,7 @@ def split(method: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
 def make_method(config: Any, rngs: nnx.Rngs | None = None) -> Method:
     """The method that the config describes, in training mode. Without `rngs` it is abstract: shapes, no arrays."""
     method_config = config.method.to_dict() if hasattr(config.method, "to_dict") else config.method
-    make = lambda: build(method_config, rngs=rngs or nnx.Rngs(0))  # noqa: E731
-    method = make() if rngs is not None else nnx.eval_shape(make)
+    method = abstract(method_config) if rngs is None else build(method_config, rngs=rngs)
     method.set_attributes(scan_layers=config.scan_layers, remat=config.remat, raise_if_not_found=False)
     return method
 

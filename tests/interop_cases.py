@@ -1,8 +1,8 @@
 """What the tests of timm's and torchvision's layouts share: tiny models of theirs, and what is to hold for ours.
 
-`python -m tests.interop_cases timm torchvision` (where these are installed) runs theirs and writes golden files: names and
-shapes of state dicts, the tables that constructors make, and outputs. Weights are a function of name and shape, so none is
-stored. Of published models, names and shapes alone are kept.
+`python -m tests.interop_cases timm torchvision` (where these are installed) runs theirs and writes golden files: names
+and shapes of state dicts, the tables that constructors make, and outputs. Weights are a function of name and shape, so
+none is stored. Of published models, names and shapes alone are kept.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxpretrain.build import build
+from jaxpretrain.build import abstract
 from jaxpretrain.interop import mmpretrain
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -145,7 +145,7 @@ def build_by_reference(cfg: dict[str, Any], manifest: list, prefix: str = "") ->
         manifest: rows of a golden file.
         prefix: path of the part that the manifest describes, such as 'model'; the whole module if empty.
     """
-    module = nnx.eval_shape(lambda: build(cfg, rngs=nnx.Rngs(0)))
+    module = abstract(cfg)
     graphdef, state = nnx.split(module)
     module = nnx.merge(graphdef, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state))
     fill_by_reference(getattr(module, prefix) if prefix else module, manifest)

@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 
-from jaxpretrain.build import build
 from jaxpretrain.cli import run
 from jaxpretrain.interop import export, files, load_weights
 from jaxpretrain.interop import mmpretrain as hub
@@ -219,6 +217,6 @@ def test_a_run_is_exported(tmp_path):
     train(config, tmp_path / "run")
     assert call(to_torch.main, checkpoint=tmp_path / "run", dst=tmp_path / "x.pth", layout="timm") == 0
     state = files.read(tmp_path / "x.pth")
-    model = nnx.eval_shape(lambda: build(config.method.model.to_dict(), rngs=nnx.Rngs(0)))
+    model = abstract(config.method.model.to_dict())
     load_weights(model, state, layout="timm")
     assert state["blocks.1.attn.qkv.weight"].shape == (48, 16)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpretrain.build import build
+from jaxpretrain.build import abstract, build
 from jaxpretrain.interop import InteropError, export, load_weights
 from tests import foreign
 from tests.foreign import Case, Run
@@ -326,7 +326,7 @@ def test_decoder_as_transformers_5_saves_it():
 
 def test_encoder_of_mae_alone():
     backbone = dict(type="MAEViT", arch=TINY, img_size=16, patch_size=4, norm_cfg=EPS12)
-    encoder = nnx.eval_shape(lambda: build(backbone, rngs=nnx.Rngs(0)))
+    encoder = abstract(backbone)
     report = load_weights(encoder, foreign.state("hf_mae"), layout="hf")
     assert all(name.startswith("decoder.") for name in report.ignored)
     names = {n.removeprefix("vit.") for n in foreign.state("hf_mae") if n.startswith("vit.")}
@@ -339,7 +339,7 @@ def test_encoder_of_mae_alone():
 @pytest.mark.parametrize("kind", ["DeiT3", "ViTEVA02", "ResNetV1d"])
 def test_models_that_transformers_has_not_are_refused(kind):
     args = dict(depth=18) if kind.startswith("ResNet") else dict(arch="s" if kind == "DeiT3" else "t")
-    model = nnx.eval_shape(lambda: build(dict(type=kind, **args), rngs=nnx.Rngs(0)))
+    model = abstract(dict(type=kind, **args))
     with pytest.raises(InteropError, match=f"'hf' has no {kind}"):
         export(model, "hf")
 

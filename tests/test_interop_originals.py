@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpretrain.build import build
+from jaxpretrain.build import abstract
 from jaxpretrain.interop import InteropError, export, files, load_weights
 from jaxpretrain.models.necks import GlobalAveragePooling
 from tests import foreign
@@ -338,7 +338,7 @@ def test_of_a_dino_training_checkpoint_the_teacher_is_taken(tmp_path):
     ],
 )
 def test_the_encoder_alone(golden, layout, backbone, begins):
-    encoder = nnx.eval_shape(lambda: build(backbone, rngs=nnx.Rngs(0)))
+    encoder = abstract(backbone)
     assert load_weights(encoder, foreign.state(golden)).layout == layout
     case, state = golden_pair(golden)
     assert_same_weights(encoder, foreign.loaded(case).backbone)
@@ -351,7 +351,7 @@ def test_the_encoder_alone(golden, layout, backbone, begins):
 def test_other_activation_other_numbers():
     """OpenAI's weights with GELU: what a user gets who does not read the module's first lines."""
     case, state = golden_pair("original_clip")
-    model = nnx.eval_shape(lambda: build({**case.model, "layer_cfgs": {}}, rngs=nnx.Rngs(0)))
+    model = abstract({**case.model, "layer_cfgs": {}})
     load_weights(model, state, layout="clip")
     (other,) = foreign.run(case, model, foreign.images(case)).result
     difference = np.abs(other - foreign.observed(case).result[0]).max()
@@ -368,7 +368,7 @@ def test_other_activation_other_numbers():
 def test_tables_of_other_settings_are_an_error(golden, change):
     case, state = golden_pair(golden)
     cfg = {**case.model, "backbone": {**case.model["backbone"], **change}}
-    model = nnx.eval_shape(lambda: build(cfg, rngs=nnx.Rngs(0)))
+    model = abstract(cfg)
     with pytest.raises(InteropError, match="another table"):
         load_weights(model, state, layout=case.layout)
 
@@ -389,7 +389,7 @@ def test_a_key_bias_has_no_place_in_eva02():
 )
 def test_models_that_no_release_has_are_refused(layout, kind):
     args = dict(depth=18) if kind == "ResNetV1d" else dict(arch=TINY | dict(global_attn_indexes=[1]))
-    model = nnx.eval_shape(lambda: build(dict(type=kind, **args), rngs=nnx.Rngs(0)))
+    model = abstract(dict(type=kind, **args))
     with pytest.raises(InteropError, match=f"{layout!r} has no {kind}"):
         export(model, layout)
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxpretrain.build import ConfigError, build
+from jaxpretrain.build import ConfigError, abstract, build
 from jaxpretrain.methods.base import Method, Progress, normalize, pool
 from jaxpretrain.methods.mocov3 import MoCoV3Head
 from jaxpretrain.methods.simclr import ContrastiveHead
@@ -115,7 +115,7 @@ def make(name_or_config: Any) -> Method:
         return split(method)[1:]
 
     config = CONFIGS[name_or_config] if isinstance(name_or_config, str) else name_or_config
-    graphdef = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = split(abstract(config))[0]
     return nnx.merge(graphdef, *state())
 
 
@@ -185,7 +185,7 @@ def test_computes_in_bfloat16(name):
 
 @pytest.mark.parametrize("name", ["simclr", "mocov3_vit"])
 def test_wrong_number_of_views(name):
-    method = nnx.eval_shape(lambda: build(CONFIGS[name], rngs=nnx.Rngs(0)))
+    method = abstract(CONFIGS[name])
     with pytest.raises(ConfigError, match="learns from 2 views of each image, and the batch has 1"):
         method.loss(batch_for("mae"))
     with pytest.raises(ConfigError, match=r"the batch has 3.*MultiView"):
@@ -383,7 +383,7 @@ def test_mocov3_loss_by_hand():
 def test_mocov3_patch_embedding_is_frozen_on_demand():
     for stop in (False, True):
         config = dict(type="MoCoV3ViT", stop_grad_conv1=stop, **VIT)
-        backbone = nnx.eval_shape(lambda config=config: build(config, rngs=nnx.Rngs(0)))
+        backbone = abstract(config)
         assert isinstance(backbone.patch_embed.projection.kernel, Frozen if stop else nnx.Param)
         assert isinstance(backbone.pos_embed, Frozen)
         assert isinstance(backbone.cls_token, nnx.Param)

@@ -8,11 +8,10 @@ import math
 import re
 
 import pytest
-from flax import nnx
 
 import jaxpretrain.build
 from jaxpretrain import cli, get_model
-from jaxpretrain.build import ConfigError, build, register
+from jaxpretrain.build import ConfigError, abstract, register
 from jaxpretrain.data.class_names import class_names
 from jaxpretrain.data.transforms import build_pipeline
 from jaxpretrain.interop import mmpretrain as hub
@@ -248,7 +247,7 @@ def counts(info: ModelInfo) -> tuple[int, int]:
     """Parameters and keys of the state dict of a model, built without memory; models of one configuration once."""
     key = json.dumps(info.model, sort_keys=True)
     if key not in _counts:
-        model = nnx.eval_shape(lambda: build(info.model, rngs=nnx.Rngs(0)))
+        model = abstract(info.model)
         _counts[key] = hub.num_parameters(model), len(hub.names(model)) + len(hub.derived(model))
     return _counts[key]
 

@@ -1,10 +1,10 @@
 """timm's names, those of its releases since 0.9 (https://github.com/huggingface/pytorch-image-models).
 
-Names do not tell all settings, and timm's are not always our defaults. Build the model with these, or the numbers are others:
+Names do not tell all settings, and timm's are not always our defaults. For the same numbers build the model with
 
     vit_*_clip_*            norm_cfg=dict(type='LN', eps=1e-5)
-    vit_*_clip_quickgelu_*  besides, layer_cfgs=dict(act_cfg=dict(type='QuickGELU')): the weights of OpenAI and those trained
-                            like them. (What others made of these by fine-tuning has GELU, and MMPretrain's zoo has that.)
+    vit_*_clip_quickgelu_*  besides, layer_cfgs=dict(act_cfg=dict(type='QuickGELU')): the weights of OpenAI and those
+                            trained like them. (timm fine-tunes them with GELU; that is what MMPretrain's zoo has.)
     deit3_*                 ffn_norm='ln2'
     eva02_*                 rope='eva02', norm_cfg=dict(type='LN', eps=1e-6)
     samvit_*                norm_cfg=dict(type='LN', eps=1e-5); SAM's own release has 1e-6
@@ -153,7 +153,7 @@ def _drop_key_bias(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def eva02(backbone: Any, model: Any) -> Table:
-    """`ViTEVA02`. Where timm's have no sub-LN, queries, keys and values are one matrix, and gates and values another."""
+    """`ViTEVA02`. Where there is no sub-LN, queries, keys and values are one matrix, and gates and values another."""
     attn, mlp, layer = "blocks.{i}.attn", "blocks.{i}.mlp", "backbone.layers.{i}"
     no_key_bias = Transform(_add_key_bias, _drop_key_bias)
     one = [Rule((f"{attn}.q_bias", f"{attn}.v_bias"), f"{layer}.attn.qkv.bias", no_key_bias)]

@@ -52,7 +52,7 @@ _BIASES = Transform(_without_key_bias, lambda xs: [np.concatenate([xs[0], np.zer
 
 
 def swin(backbone: Any, model: Any) -> Table:
-    """`SwinTransformer` and `SwinTransformerV2`: a flat list of the patch embedding, then stages and downsamplings in turn."""
+    """`SwinTransformer` and `SwinTransformerV2`: one list of patch embedding, stages, downsamplings between them."""
     v2 = backbone.stage_type.downsamples_first
     order = merged_patches(-1)
     rules = [

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxpretrain import cli
-from jaxpretrain.build import ConfigError, build
+from jaxpretrain.build import ConfigError
+from jaxpretrain.build import abstract as build_abstract
 
 FLAGS = {
     "model": "a name of the zoo, a recipe (configs/mae.py:RECIPE), or a .json file with dict(type=...)",
@@ -88,9 +89,7 @@ def zoo_note(name: str) -> str | None:
 
 def abstract(config: Mapping[str, Any]) -> Any:
     """The network, in eval mode, with shapes for weights."""
-    from flax import nnx
-
-    model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    model = build_abstract(config)
     model.eval()
     return model
 

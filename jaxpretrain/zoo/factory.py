@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxpretrain.build import ConfigError, build
+from jaxpretrain.build import ConfigError, abstract, build
 from jaxpretrain.zoo.index import ModelInfo, Preprocessing, is_model_name, missing_components, model_info
 
 if TYPE_CHECKING:
@@ -257,8 +257,6 @@ def _with_weights(
     seed: int,
 ) -> Any:
     """The model with weights, which are read straight into it; without those of the parts called `removed`."""
-    from flax import nnx
-
     from jaxpretrain.interop import InteropError, load_weights
     from jaxpretrain.zoo.weights import converted_weights, local_file
 
@@ -268,7 +266,7 @@ def _with_weights(
         )
     published = source is True or source == info.weights
     file = converted_weights(info, url_mapping) if published else local_file(source, url_mapping)
-    module = nnx.eval_shape(lambda: _build(info, seed))
+    module = abstract(info.model)
     try:
         load_weights(module, file, drop=[rf"^{part}\." for part in removed], reinit_head=reinit_head, seed=seed)
     except InteropError as error:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.interpolate import make_interp_spline
 
 NUM_CLS_ROWS = 3  # of a table for windows with a class token: class to patches, patches to class, class to class
 
@@ -109,6 +108,8 @@ def _resize_matrix(src: int, dst: int) -> Float[np.ndarray, "2*dst-1 2*src-1"]:
     """The linear map from the offsets along one axis of a window of `src` tokens to those of one of `dst` tokens."""
     if src == dst:
         return np.eye(2 * src - 1)
+    from scipy.interpolate import make_interp_spline  # slow to import, and seldom needed
+
     # The ratio of 1 + ratio + ... + ratio ** (src - 2) = dst - 1, within BEiT's bounds and to its accuracy.
     low, high = 1.01, 1.5
     while high - low > 1e-6:
