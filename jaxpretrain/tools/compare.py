@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -66,20 +66,24 @@ def library_model(layout: str, name: str, src: Any, state: Mapping[str, np.ndarr
     """The library's own model with the weights of the file, in eval mode."""
     import torch
 
-    if layout == "hf":
+    if layout == "hf":  # whose names in files and in memory differ, so it has to load its files itself
         import transformers
 
         folder = name if Path(name).is_dir() else str(Path(src).parent)
         config = transformers.AutoConfig.from_pretrained(folder)
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        model = kind(config) if hasattr(kind, "main_input_name") else kind.from_config(config)
-    elif layout == "timm":
+        return kind.from_pretrained(folder).eval()
+    if layout == "timm":
         model = importlib.import_module("timm").create_model(name)
     elif layout == "torchvision":
         model = importlib.import_module("torchvision.models").get_model(name)
     else:
         model = importlib.import_module("mmpretrain").get_model(name)
-    model.load_state_dict({key: torch.from_numpy(np.array(array)) for key, array in state.items()}, strict=False)
+    tensors = {key: torch.from_numpy(np.array(array)) for key, array in state.items()}
+    if missing := model.load_state_dict(tensors, strict=False).missing_keys:
+        raise ExpectedFailure(
+            f"{src} is not for the library's {name}: it lacks {', '.join(missing[:10])}; give --torch_model"
+        )
     return model.eval()
 
 
@@ -91,7 +95,7 @@ def image_size(model: Any) -> int:
     return patch_embed.init_out_size[0] * patch_embed.patch_size[0]
 
 
-def compare(model: Any, theirs: Callable, layout: str, size: int) -> list[Row]:
+def compare(model: Any, theirs: Any, layout: str, size: int) -> list[Row]:
     """(our block, their module, shape, relative difference) for every block of ours that is a module there, and the end.
 
     Args:
@@ -106,9 +110,9 @@ def compare(model: Any, theirs: Callable, layout: str, size: int) -> list[Row]:
 
     images = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
     logits, found = intermediates(model, images, names="*.out")
-    places = counterparts(model, layout, [name.removesuffix(".out") for name in found])
+    places = counterparts(model, theirs, layout, [name.removesuffix(".out") for name in found])
     outputs: dict[str, Any] = {}
-    modules = dict(theirs.named_modules())  # type: ignore[attr-defined]
+    modules = dict(theirs.named_modules())
     for name in set(places.values()) & set(modules):
         modules[name].register_forward_hook(lambda _m, _i, out, name=name: outputs.setdefault(name, _tensor(out)))
     with torch.no_grad():
@@ -122,8 +126,8 @@ def compare(model: Any, theirs: Callable, layout: str, size: int) -> list[Row]:
     return [*rows, ("(output)", "(output)", last.shape, difference(last, end.numpy()))]
 
 
-def counterparts(model: Any, layout: str, blocks: list[str]) -> dict[str, str]:
-    """Our block -> the foreign module that holds the same weights: what all their foreign names begin with."""
+def counterparts(model: Any, theirs: Any, layout: str, blocks: list[str]) -> dict[str, str]:
+    """Our block -> the foreign module that holds the same weights, found by their values."""
     from jaxpretrain.interop import mmpretrain as hub
     from jaxpretrain.interop.fitting import for_export, table_of, with_root
     from jaxpretrain.interop.rules import translate
@@ -131,10 +135,15 @@ def counterparts(model: Any, layout: str, blocks: list[str]) -> dict[str, str]:
     state = with_root(hub.to_state_dict(model), model)
     foreign = for_export(table_of(layout, model), model)
     root = "" if hasattr(model, "backbone") else "backbone."
+    held: dict[bytes, list[str]] = {}
+    for name, tensor in theirs.state_dict().items():
+        held.setdefault(tensor.numpy().tobytes(), []).append(name)
     found = {}
     for block in blocks:
         inside = {name: array for name, array in state.items() if name.startswith(f"{root}{block}.")}
-        if names := list(translate(inside, foreign, inverse=True).state):
+        arrays = translate(inside, foreign, inverse=True).state.values()
+        places = [held.get(np.ascontiguousarray(array).tobytes(), []) for array in arrays]
+        if names := [place[0] for place in places if len(place) == 1]:  # biases of zeros are everywhere
             found[block] = _common_module(names)
     return found
 
