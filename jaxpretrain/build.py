@@ -44,6 +44,7 @@ _TABLE: dict[str, str] = {
     "NonLinearNeck": "jaxpretrain.models.necks",
     "MAEPretrainDecoder": "jaxpretrain.methods.mae",
     "MoCoV2Neck": "jaxpretrain.methods.moco",
+    "DenseCLNeck": "jaxpretrain.methods.densecl",
     # heads
     "ClsHead": "jaxpretrain.models.heads",
     "LinearClsHead": "jaxpretrain.models.heads",
@@ -81,6 +82,7 @@ _TABLE: dict[str, str] = {
     "SimSiam": "jaxpretrain.methods.simsiam",
     "BYOL": "jaxpretrain.methods.byol",
     "MoCo": "jaxpretrain.methods.moco",
+    "DenseCL": "jaxpretrain.methods.densecl",
     # batch augmentations
     "Mixup": "jaxpretrain.data.batch_augments",
     "CutMix": "jaxpretrain.data.batch_augments",

@@ -96,6 +96,15 @@ CONFIGS = dict(
         feat_dim=8,
         momentum=0.1,
     ),
+    densecl=dict(
+        type="DenseCL",
+        backbone=RESNET,
+        neck=dict(type="DenseCLNeck", in_channels=16, hid_channels=16, out_channels=8),
+        head=dict(type="ContrastiveHead", loss=CE, temperature=0.2),
+        queue_len=BATCH,
+        feat_dim=8,
+        momentum=0.1,
+    ),
     mocov3_vit=moco(dict(type="MoCoV3ViT", stop_grad_conv1=True, **VIT), 16, False),
     mocov3_resnet=moco(RESNET, 16, True),
 )
@@ -124,7 +133,7 @@ def test_learns_fixed_images(name):
     """Within 200 steps the loss falls to half, and every parameter gets a gradient."""
     batch = batch_for(name)
     # MoCo's queue holds the same images, so each is its own negative once.
-    floor = math.log(2) if name == "mocov2" else 0.0
+    floor = math.log(2) if name in ("mocov2", "densecl") else 0.0
     graphdef, params, rest = split(make(name))
     optimizer = optax.adam(3e-3)
 
@@ -154,7 +163,8 @@ def test_learns_fixed_images(name):
     assert losses[-1] - floor < 0.5 * (max(losses[:2]) - floor)
     for path, size in jax.tree_util.tree_leaves_with_path(sizes):
         assert size > 0, f"no gradient for {jax.tree_util.keystr(path)}"
-    assert metrics.keys() == ({"accuracy_top-1"} if name == "supervised" else set())
+    logged = dict(supervised={"accuracy_top-1"}, densecl={"loss_single", "loss_dense"})
+    assert metrics.keys() == logged.get(name, set())
     assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
 
 

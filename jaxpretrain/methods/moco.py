@@ -95,10 +95,13 @@ class MoCo(MomentumMethod):
     def shuffled_teach(self, images: Float[Array, "b h w 3"], rngs: nnx.Rngs | None) -> Any:
         """The teacher's outputs, in order, computed from the batch in random order if BatchNorm has groups."""
         if not any(isinstance(m, BatchNorm) and m.groups > 1 for _, m in nnx.iter_modules(self.teacher)):
-            return self.teach(images, rngs=rngs)[0]
+            return self._teach(images, rngs)
         order = jax.random.permutation(draw_key(rngs, "shuffle"), len(images))
-        outputs = self.teach(images[order], rngs=rngs)[0]
+        outputs = self._teach(images[order], rngs)
         return jax.tree.map(lambda x: x[jnp.argsort(order)], outputs)
+
+    def _teach(self, images: Float[Array, "b h w 3"], rngs: nnx.Rngs | None) -> Any:
+        return self.teach(images, rngs=rngs)[0]
 
     def teacher_momentum(self, progress: Progress) -> float:
         return self.momentum
