@@ -10,6 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from jaxpretrain import get_model
+from jaxpretrain.interop import export, files
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -60,6 +65,8 @@ def test_command_runs_as_written(command, folder):
             run(PYTHON[0], folder, *SMALL)
         result = run(command, folder)
         assert result.returncode == 0 and "linear/top1" in result.stdout, result.stderr
+    elif "jaxpretrain.tools" in command:
+        run_tool(command, folder)
     elif ":digits" in command:
         result = run(command, folder, *SMALL)
         assert result.returncode == 0, result.stderr
@@ -67,6 +74,23 @@ def test_command_runs_as_written(command, folder):
     else:
         result = run(command, folder)
         assert result.returncode == 2 and "data/imagenet" in result.stderr and "Traceback" not in result.stderr
+
+
+def run_tool(command: str, folder: Path) -> None:
+    """A tool, with the files that it names; the weights of the demo cannot be downloaded everywhere."""
+    if not (folder / "deit_tiny.pth").exists():
+        files.write(folder / "deit_tiny.pth", export(get_model("deit-tiny_4xb256_in1k")))
+        Image.fromarray(load_sample_image("flower.jpg")).save(folder / "photo.jpg")
+    if "to_torch" in command and not (folder / "weights").exists():
+        run(next(other for other in PYTHON if "from_torch" in other), folder)
+    result = run(command, folder)
+    if "image_demo" in command:
+        assert result.returncode == 0 or "cannot be downloaded" in result.stderr
+        assert "Traceback" not in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+    if "to_torch" in command:
+        assert "blocks.11.attn.qkv.weight" in files.read(folder / "deit_tiny.safetensors")
 
 
 @pytest.mark.slow
