@@ -45,7 +45,8 @@ def base_config() -> ConfigDict:
                 prefetch=2,  # batches waiting on the device
                 max_bad=0.001,  # part of the images that may be unreadable before the run stops
             ),
-            data_preprocessor=dict(mean=IMAGENET_MEAN, std=IMAGENET_STD),
+            # Of the first view and, where it differs, of the second: the target picture of BEiT and CAE.
+            data_preprocessor=dict(mean=IMAGENET_MEAN, std=IMAGENET_STD, second_mean=None, second_std=None),
             # How long. Steps are optimizer steps; max_steps wins where both are given.
             max_epochs=100,
             max_steps=None,

@@ -26,7 +26,7 @@ CHUNK = 32
 SUBSTITUTES = 100  # candidates tried in place of a bad image; all bad means that nearly everything is
 ORDER, SAMPLE, SUBSTITUTE = 1, 2, 3  # what a random stream is for: keeps (seed, epoch) and (seed, epoch, index) apart
 
-Image = Any  # uint8 [H,W,3], or a tuple of such views
+ARRAYS = ("image", "mask")  # what a batch has of each sample besides numbers: uint8 [H,W,3] or views, integers [h,w]
 
 
 @dataclasses.dataclass
@@ -50,15 +50,17 @@ class Reader:
     def __init__(self, source: Any, transform: Pipeline, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
 
-    def read(self, epoch: int, index: int) -> tuple[Any, int]:
-        """(image or views, label) of sample `index` as it looks in this epoch. Raises BadImage."""
+    def read(self, epoch: int, index: int) -> tuple[dict[str, Any], int]:
+        """(arrays, label) of sample `index` as it looks in this epoch: `image`, or its views, and `mask` if a transform
+        made one. Raises BadImage.
+        """
         try:
             sample = self.source[index]
         except OSError as error:
             raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
         sample = {**sample, "image": as_rgb(sample["image"]), "index": index, "epoch": epoch}
         sample = self.transform(sample, generator(SAMPLE, self.seed, epoch, index))
-        return sample["image"], int(sample.get("label", -1))
+        return {name: sample[name] for name in ARRAYS if name in sample}, int(sample.get("label", -1))
 
     def candidates(self, epoch: int, index: int) -> Iterator[int]:
         """`index`, then what replaces it should it be bad, and so on."""
@@ -75,28 +77,28 @@ class Chunks:
         self.reader, self.plan, self.replace = reader, plan, replace
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """`rows` (Rows), and `image`: stacked, or None where there are no rows."""
-        rows, images, stacked = Rows(), [], None
+        """`rows` (Rows), and `arrays`: a dict of them, stacked; None where there are no rows."""
+        rows, samples, stacked = Rows(), [], None
         try:
             for row, epoch, index in self.plan(int(number)):
                 for candidate in self.reader.candidates(epoch, index):
                     try:
-                        image, label = self.reader.read(epoch, candidate)
+                        arrays, label = self.reader.read(epoch, candidate)
                     except BadImage as reason:
                         rows.bad.append((candidate, str(reason)))
                         if self.replace:
                             continue
                         break
-                    images.append(image)
+                    samples.append(arrays)
                     rows.row.append(row)
                     rows.label.append(label)
                     rows.index.append(candidate)
                     rows.epoch.append(epoch)
                     break
-            stacked = _stack(images) if images else None
+            stacked = {name: _stack([sample[name] for sample in samples]) for name in samples[0]} if samples else None
         except Exception as error:
             rows.error = _portable(error)
-        return {"rows": rows, "image": stacked}
+        return {"rows": rows, "arrays": stacked}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -455,14 +455,27 @@ class DevicePipeline:
         pipeline: descriptions `dict(type=...)` of device transforms (`TRANSFORMS`, or a dotted path of one's own), or
             callables `(image, key) -> image`. They apply to every view; `MultiView` gives each its own. May be empty.
         mean, std: of R, G, B, in grey levels 0..255: the result is (image - mean) / std.
+        second_mean, second_std: those of the second of two views, where they differ (target pictures of BEiT and CAE).
 
     Raises:
         ConfigError: unknown transforms or arguments; when called, a number of views that is not the batch's.
     """
 
-    def __init__(self, pipeline: Sequence[Any], mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self,
+        pipeline: Sequence[Any],
+        mean: Sequence[float],
+        std: Sequence[float],
+        second_mean: Sequence[float] | None = None,
+        second_std: Sequence[float] | None = None,
+    ):
         self.transforms = _build_all(pipeline)
-        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        first = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        second = tuple(
+            own if other is None else np.asarray(other, np.float32)
+            for own, other in zip(first, (second_mean, second_std), strict=True)
+        )
+        self.mean_std = first, second
 
     def __call__(self, batch: Mapping[str, Any], seed_key: Key | None = None) -> dict[str, Any]:
         """The batch with float32 images; everything else passes through.
@@ -487,7 +500,8 @@ class DevicePipeline:
             if chain:
                 view_keys = jax.vmap(random.fold_in, in_axes=(0, None))(keys, v)
                 view = jax.vmap(partial(_apply_all, chain))(view, view_keys)
-            done.append((view - self.mean) / self.std)
+            mean, std = self.mean_std[v == 1]
+            done.append((view - mean) / std)
         return {**batch, "image": done[0] if single else tuple(done)}
 
     def _chains(self, count: int) -> list[list[Transform]]:

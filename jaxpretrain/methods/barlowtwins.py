@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import build
-from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, last, pool, views
+from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, last, pool, spread, views
 from jaxpretrain.models.layers import BaseModule, BatchNorm
 
 
@@ -59,9 +59,9 @@ class BarlowTwins(BaseSelfSupervisor):
     """
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
-        """The loss over the global batch; `image` is two views [B, H, W, 3]. Logs nothing more."""
+        """The loss over the global batch; `image` is two views [B, H, W, 3]. Logs `feature_std`."""
         z1, z2 = (last(self.neck(self.backbone(view, rngs=rngs))) for view in views(batch, 2))
-        return self.head.loss(z1, z2), {}
+        return self.head.loss(z1, z2), {"feature_std": spread(z1)}
 
     def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
         """The backbone's last feature map, averaged over positions."""

@@ -11,7 +11,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from jaxpretrain.build import ConfigError, build
-from jaxpretrain.models.layers import BaseModule
+from jaxpretrain.models.layers import BaseModule, freeze
 from jaxpretrain.models.layers.conv import global_avg_pool
 
 Batch = Mapping[str, Any]
@@ -76,7 +76,8 @@ class BaseSelfSupervisor(Method):
         backbone: the network to be trained for later use; a dictionary with `type`, or a module.
         neck: what comes on top of it, such as a projector or a decoder.
         head: what the loss needs besides.
-        target_generator, pretrained, data_preprocessor: accepted for MMPretrain's configs, and not used.
+        target_generator: a frozen network or function that makes the targets; None if the method needs none.
+        pretrained, data_preprocessor: accepted for MMPretrain's configs, and not used.
         init_cfg: initialisation, MMEngine's dictionaries.
     """
 
@@ -85,7 +86,7 @@ class BaseSelfSupervisor(Method):
         backbone: Mapping[str, Any] | nnx.Module,
         neck: Mapping[str, Any] | nnx.Module,
         head: Mapping[str, Any] | nnx.Module,
-        target_generator: None = None,
+        target_generator: Mapping[str, Any] | nnx.Module | None = None,
         pretrained: None = None,
         data_preprocessor: Any = None,
         init_cfg: Any = None,
@@ -96,6 +97,8 @@ class BaseSelfSupervisor(Method):
         self.backbone = build(backbone, rngs=rngs)
         self.neck = build(neck, rngs=rngs, **self.neck_defaults())
         self.head = build(head, rngs=rngs)
+        if target_generator is not None:
+            self.target_generator = freeze(build(target_generator, rngs=rngs))
 
     def neck_defaults(self) -> dict[str, Any]:
         """Arguments of the neck that follow from the backbone, where the config does not give them."""
@@ -140,6 +143,24 @@ def normalize(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
     """Rows of unit length, in float32 at least; rows of zeros stay so."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+
+
+def spread(x: Float[Array, "b d"]) -> Float[Array, ""]:
+    """How widely representations spread: the standard deviation over the batch of unit vectors' entries, times sqrt(D).
+
+    1 where directions are evenly spread, 0 where all are the same: collapse (Chen & He, 2021, section 4.1).
+    """
+    x = normalize(jax.lax.stop_gradient(x))
+    return jnp.std(x, axis=0).mean() * x.shape[-1] ** 0.5
+
+
+def entropy(assignments: Float[Array, "*b k"]) -> Float[Array, ""]:
+    """How evenly K clusters are used: the entropy of the mean of `assignments` (rows add up to 1), divided by log K.
+
+    1 where all are used alike, 0 where one takes all: collapse.
+    """
+    p = jax.lax.stop_gradient(assignments).astype(jnp.float32).reshape(-1, assignments.shape[-1]).mean(axis=0)
+    return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-12))) / jnp.log(p.size)
 
 
 def draw_key(rngs: nnx.Rngs | None, stream: str) -> Array:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import build
-from jaxpretrain.methods.base import Batch, Metrics, Progress, last, normalize, views
+from jaxpretrain.methods.base import Batch, Metrics, Progress, last, normalize, spread, views
 from jaxpretrain.methods.momentum_encoder import MomentumMethod
 from jaxpretrain.models.layers import BaseModule
 from jaxpretrain.optim.ema import cosine_ema_momentum
@@ -82,11 +82,12 @@ class BYOL(MomentumMethod):
         self.base_momentum = base_momentum
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
-        """Twice the sum of both directions' losses; `image` is two views [B, H, W, 3]. Logs nothing more."""
+        """Twice the sum of both directions' losses; `image` is two views [B, H, W, 3]. Logs `feature_std`."""
         first, second = views(batch, 2)
         online1, online2 = (last(self.neck(self.backbone(view, rngs=rngs))) for view in (first, second))
         target1, target2 = map(last, self.teach(first, second, rngs=rngs))
-        return 2 * (self.head.loss(online1, target2) + self.head.loss(online2, target1)), {}
+        loss = 2 * (self.head.loss(online1, target2) + self.head.loss(online2, target1))
+        return loss, {"feature_std": spread(online1)}
 
     def teacher_momentum(self, progress: Progress) -> Float[Array, ""]:
         return cosine_ema_momentum(progress.step, self.base_momentum, 0.0, progress.total_steps)

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError
-from jaxpretrain.methods.base import Batch, Metrics, last, normalize, views
+from jaxpretrain.methods.base import Batch, Metrics, last, normalize, spread, views
 from jaxpretrain.methods.moco import MoCo, enqueue, random_queue
 from jaxpretrain.models.layers import BaseModule, Conv2d, Linear
 from jaxpretrain.models.layers.conv import global_avg_pool, relu
@@ -85,7 +85,7 @@ class DenseCL(MoCo):
         self.queue2_ptr = nnx.BatchStat(jnp.zeros((1,), jnp.int32))
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
-        """The weighted sum of both losses, which are logged too; `image` is query and key views [B, H, W, 3]."""
+        """The weighted sum of both losses, which are logged with `feature_std`; `image` is query and key views [B, H, W, 3]."""
         queries, keys = views(batch, 2)
         q_map = last(self.backbone(queries, rngs=rngs))
         q, q_grid, _ = map(normalize, self.neck(q_map))
@@ -101,7 +101,7 @@ class DenseCL(MoCo):
         enqueue(self.queue2, self.queue2_ptr, k_mean)
         weight = jnp.where(self.teacher.steps[...] >= self.start_iters, self.loss_lambda, 0.0)
         single, dense = (1 - weight) * single, weight * dense
-        return single + dense, {"loss_single": single, "loss_dense": dense}
+        return single + dense, {"loss_single": single, "loss_dense": dense, "feature_std": spread(q)}
 
     def _teach(self, images: Float[Array, "b h w 3"], rngs: nnx.Rngs | None) -> Any:
         """The momentum backbone's map beside the neck's outputs."""

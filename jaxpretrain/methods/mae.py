@@ -13,7 +13,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
 from jaxpretrain.build import ConfigError, build
-from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, draw_key, last
+from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, draw_key, last, spread
 from jaxpretrain.models.layers import BaseModule, Frozen, Linear, build_norm
 from jaxpretrain.models.layers.position import build_2d_sincos_position_embedding
 from jaxpretrain.models.layers.stack import apply_layers
@@ -286,13 +286,14 @@ class MAE(BaseSelfSupervisor):
                 raise ConfigError(f"MAE: {what} {ours} is not {name} {theirs}; make backbone, neck and head agree")
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
-        """The error over hidden patches. Logs nothing more.
+        """The error over hidden patches. Logs `feature_std`, of the mean over visible patches.
 
         A batch may bring its own masking `noise` [B, N] (see `MAEViT`); otherwise it is drawn from `rngs.mask`.
         """
         images = batch["image"]
         latent, mask, ids_restore = self.backbone(images, noise=batch.get("noise"), rngs=rngs)
-        return self.head.loss(self.neck(latent, ids_restore, rngs=rngs), images, mask), {}
+        loss = self.head.loss(self.neck(latent, ids_restore, rngs=rngs), images, mask)
+        return loss, {"feature_std": spread(latent[:, self.backbone.num_extra_tokens :].mean(axis=1))}
 
     def reconstruct(
         self,

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxpretrain.build import ConfigError
-from jaxpretrain.methods.base import Batch, Metrics, Progress, draw_key, last, normalize, views
+from jaxpretrain.methods.base import Batch, Metrics, Progress, draw_key, last, normalize, spread, views
 from jaxpretrain.methods.momentum_encoder import MomentumMethod
 from jaxpretrain.models.layers import BaseModule, BatchNorm, Linear
 from jaxpretrain.models.layers.conv import global_avg_pool, relu
@@ -83,14 +83,14 @@ class MoCo(MomentumMethod):
         self.queue_ptr = nnx.BatchStat(jnp.zeros((1,), jnp.int32))
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
-        """InfoNCE; `image` is query and key views [B, H, W, 3]. Logs nothing more."""
+        """InfoNCE; `image` is query and key views [B, H, W, 3]. Logs `feature_std`."""
         queries, keys = views(batch, 2)
         q = normalize(last(self.neck(self.backbone(queries, rngs=rngs))))
         k = normalize(last(self.shuffled_teach(keys, rngs)))
         negatives = q @ self.queue[...].astype(q.dtype)
         loss = self.head.loss(jnp.sum(q * k, axis=1, keepdims=True), negatives)
         enqueue(self.queue, self.queue_ptr, k)
-        return loss, {}
+        return loss, {"feature_std": spread(q)}
 
     def shuffled_teach(self, images: Float[Array, "b h w 3"], rngs: nnx.Rngs | None) -> Any:
         """The teacher's outputs, in order, computed from the batch in random order if BatchNorm has groups."""

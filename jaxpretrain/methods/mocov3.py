@@ -14,7 +14,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import build
-from jaxpretrain.methods.base import Batch, Metrics, Progress, last, normalize, views
+from jaxpretrain.methods.base import Batch, Metrics, Progress, last, normalize, spread, views
 from jaxpretrain.methods.momentum_encoder import MomentumMethod
 from jaxpretrain.models.layers import BaseModule, Frozen, Linear, freeze
 from jaxpretrain.models.layers.position import build_2d_sincos_position_embedding
@@ -122,11 +122,11 @@ class MoCoV3(MomentumMethod):
         self.base_momentum = base_momentum
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
-        """The sum of both directions' losses; `image` is two views [B, H, W, 3]. Logs nothing more."""
+        """The sum of both directions' losses; `image` is two views [B, H, W, 3]. Logs `feature_std`."""
         first, second = views(batch, 2)
         q1, q2 = (last(self.neck(self.backbone(view, rngs=rngs))) for view in (first, second))
         k1, k2 = map(last, self.teach(first, second, rngs=rngs))
-        return self.head.loss(q1, k2) + self.head.loss(q2, k1), {}
+        return self.head.loss(q1, k2) + self.head.loss(q2, k1), {"feature_std": spread(q1)}
 
     def teacher_momentum(self, progress: Progress) -> Float[Array, ""]:
         return cosine_ema_momentum(progress.step, self.base_momentum, 0.0, progress.total_steps)

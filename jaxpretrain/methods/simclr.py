@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxpretrain.build import build
-from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, last, normalize, pool, views
+from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, last, normalize, pool, spread, views
 from jaxpretrain.models.layers import BaseModule
 
 # A similarity that no cosine reaches: e^(_NEVER / temperature) is exactly 0 for temperatures up to 10, also in float64.
@@ -49,14 +49,15 @@ class SimCLR(BaseSelfSupervisor):
     """
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
-        """NT-Xent over the global batch; `image` is two views [B, H, W, 3]. Logs nothing more."""
+        """NT-Xent over the global batch; `image` is two views [B, H, W, 3]. Logs `feature_std`."""
         first, second = views(batch, 2)
         images = jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
         z = normalize(last(self.neck(self.backbone(images, rngs=rngs))))
         similarity = z @ z.T
         image = jnp.arange(len(z)) // 2  # which image a row is a view of
         pos = jnp.sum(z * z.reshape(-1, 2, z.shape[1])[:, ::-1].reshape(z.shape), axis=1, keepdims=True)
-        return self.head.loss(pos, similarity, excluded=image[:, None] == image), {}
+        loss = self.head.loss(pos, similarity, excluded=image[:, None] == image)
+        return loss, {"feature_std": spread(z)}
 
     def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
         """The backbone's last feature map, averaged over positions: what comes before the projector."""

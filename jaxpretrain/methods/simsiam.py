@@ -5,7 +5,7 @@ from __future__ import annotations
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, last, pool, views
+from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, last, pool, spread, views
 
 
 class SimSiam(BaseSelfSupervisor):
@@ -16,9 +16,9 @@ class SimSiam(BaseSelfSupervisor):
     """
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:
-        """The mean of both directions' losses (algorithm 1); `image` is two views [B, H, W, 3]. Logs nothing more."""
+        """The mean of both directions' losses (algorithm 1); `image` is two views [B, H, W, 3]. Logs `feature_std`."""
         z1, z2 = (last(self.neck(self.backbone(view, rngs=rngs))) for view in views(batch, 2))
-        return (self.head.loss(z1, z2) + self.head.loss(z2, z1)) / 2, {}
+        return (self.head.loss(z1, z2) + self.head.loss(z2, z1)) / 2, {"feature_std": spread(z1)}
 
     def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
         """The backbone's last feature map, averaged over positions."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from flax import nnx
 
 from jaxpretrain.models.layers.init import apply_init_cfg
+
+T = TypeVar("T", bound=nnx.Module)
 
 
 class Frozen(nnx.Variable):
@@ -19,8 +21,8 @@ class Frozen(nnx.Variable):
     """
 
 
-def freeze(module: nnx.Module) -> None:
-    """Turns every `nnx.Param` below `module` into a `Frozen` variable, in place. Shared ones stay shared."""
+def freeze(module: T) -> T:
+    """Turns every `nnx.Param` below `module` into a `Frozen` variable, in place. Shared ones stay shared. Returns it."""
     places = [
         (node, name, value)
         for _, node in nnx.iter_modules(module)
@@ -30,6 +32,7 @@ def freeze(module: nnx.Module) -> None:
     frozen = {id(value): Frozen(value.get_value()) for _, _, value in places}
     for node, name, value in places:
         setattr(node, name, frozen[id(value)])
+    return module
 
 
 def children(module: Any) -> Iterator[BaseModule]:
