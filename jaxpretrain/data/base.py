@@ -1,4 +1,4 @@
-"""What a data source is: random access to (image, label), by position."""
+"""What a data source is, random access to (image, label) by position; and what a transform on the host is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Shaped, UInt8
 
 from jaxpretrain.build import ConfigError, nearest
 
@@ -83,3 +83,21 @@ def check_split(name: str, split: str, valid: Sequence[str]) -> None:
     """Raises ConfigError unless `split` is one of `valid`."""
     if split not in valid:
         raise ConfigError(f"{name} has no split {split!r}.{nearest(split, valid)}")
+
+
+class Transform:
+    """Base of the transforms: draws, then applies. Of several views, each gets its own draw."""
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Any:
+        """Parameters for an image of this size; None where nothing is random."""
+        return None
+
+    def apply(self, image: UInt8[np.ndarray, "h w 3"], parameters: Any) -> UInt8[np.ndarray, "h w 3"]:
+        raise NotImplementedError
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        image = sample["image"]
+        if isinstance(image, tuple):
+            views = tuple(self.apply(view, self.draw(rng, *view.shape[:2])) for view in image)
+            return {**sample, "image": views}
+        return {**sample, "image": self.apply(image, self.draw(rng, *image.shape[:2]))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -37,7 +37,7 @@ def resize(image: Image, size: tuple[int, int], backend: str = "cv2", interpolat
         from PIL import Image as pillow
 
         return np.asarray(pillow.fromarray(image).resize(size, PILLOW_FILTERS[interpolation]))
-    return _cv2().resize(np.ascontiguousarray(image), size, interpolation=CV2_FILTERS[interpolation])
+    return opencv().resize(np.ascontiguousarray(image), size, interpolation=CV2_FILTERS[interpolation])
 
 
 def crop(image: Image, box: Box) -> Image:
@@ -72,7 +72,8 @@ def check_filter(name: str, interpolation: str, backend: str) -> tuple[str, str]
     return interpolation, backend
 
 
-def _cv2():
+def opencv() -> Any:
+    """OpenCV, without threads of its own. Raises ConfigError where it is not installed."""
     try:
         import cv2
     except ImportError as error:  # pragma: no cover
