@@ -14,17 +14,15 @@ are apart. On a GPU (`--dtype=bfloat16`) PyTorch runs compiled, and MFU and peak
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import Side, serve
 
 from jaxpretrain import cli
 from jaxpretrain.build import ConfigError, nearest
@@ -196,59 +194,30 @@ def jax_side(name: str, batch: int, threads: int, dtype: str, folder: str) -> di
 
 
 def worker(side: str, name: str, batch: int, threads: int, dtype: str, folder: str) -> None:
-    """Builds one side, then runs what each line of stdin names, and answers with a line of JSON."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes elsewhere
-    functions: dict[str, Callable[[], Any]] = (jax_side if side == "jax" else torch_side)(
-        name, batch, threads, dtype, folder
-    )
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        value = functions[line.strip()]()
-        answer = dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
-        if isinstance(value, np.ndarray):
-            flat = value.reshape(-1)
-            value = dict(values=flat[:: max(1, flat.size // 1000)].tolist(), largest=float(np.abs(flat).max()))
-        print(json.dumps(answer | dict(value=value)), file=answers, flush=True)
+    """The life of one side."""
+
+    def build() -> dict[str, Callable[[], Any]]:
+        functions = (jax_side if side == "jax" else torch_side)(name, batch, threads, dtype, folder)
+
+        def forward() -> dict[str, Any]:
+            flat = functions["forward"]().reshape(-1)
+            return dict(values=flat[:: max(1, flat.size // 1000)].tolist(), largest=float(np.abs(flat).max()))
+
+        return functions | dict(forward=forward)
+
+    serve(build)
 
 
-class Side:
-    """One side's process."""
-
-    def __init__(self, side: str, name: str, batch: int, threads: int, dtype: str, folder: str):
-        flags = dict(worker=side, models=name, batch=batch, threads=threads, dtype=dtype, folder=folder)
-        environment = dict(os.environ, OMP_WAIT_POLICY="passive", OMP_NUM_THREADS=str(threads))  # spinning is no work
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *(f"--{key}={value}" for key, value in flags.items())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._read()
-
-    def run(self, what: str) -> dict[str, Any]:
-        """Runs 'forward', 'train' or 'about' once."""
-        assert self.process.stdin is not None
-        print(what, file=self.process.stdin, flush=True)
-        return json.loads(self._read())
-
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise ExpectedFailure(f"{' '.join(map(str, self.process.args))} ended early; its message is above")  # type: ignore
-        return line
-
-    def close(self) -> None:
-        self.process.communicate()
+def start(side: str, **flags: Any) -> Side:
+    command = [sys.executable, __file__, f"--worker={side}", *(f"--{key}={value}" for key, value in flags.items())]
+    return Side(command, flags["threads"])
 
 
 def measure(name: str, batch: int, rounds: int, threads: int, dtype: str) -> dict[str, Any]:
     """The figures of one model: medians, ratios, and how far the sides are apart."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = {side: Side(side, name, batch, threads, dtype, folder) for side in ("torch", "jax")}
+        flags: dict[str, Any] = dict(models=name, batch=batch, threads=threads, dtype=dtype, folder=folder)
+        sides = {side: start(side, **flags) for side in ("torch", "jax")}
         first = {side: s.run("forward")["value"] for side, s in sides.items()}
         apart = np.abs(np.subtract(first["torch"]["values"], first["jax"]["values"])).max() / first["torch"]["largest"]
         losses = {side: s.run("train")["value"] for side, s in sides.items()}  # compiles

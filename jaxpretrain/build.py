@@ -15,7 +15,7 @@ class ConfigError(ValueError):
     """A mistake in a configuration: the message says what is wrong, where, and what to do."""
 
 
-# Name -> module. A class has the same name there.
+# Name -> module. A class has the same name there, unless one follows a colon.
 _TABLE: dict[str, str] = {
     # backbones
     "ResNet": "jaxpretrain.models.resnet",
@@ -35,6 +35,16 @@ _TABLE: dict[str, str] = {
     "SwinTransformerV2": "jaxpretrain.models.swin_transformer_v2",
     "MAEViT": "jaxpretrain.methods.mae",
     "MoCoV3ViT": "jaxpretrain.methods.mocov3",
+    "SimMIMSwinTransformer": "jaxpretrain.methods.simmim",
+    "MaskFeatViT": "jaxpretrain.methods.maskfeat",
+    "MFFViT": "jaxpretrain.methods.mff",
+    "MILANViT": "jaxpretrain.methods.milan",
+    "BEiTPretrainViT": "jaxpretrain.methods.beit",
+    "CAEPretrainViT": "jaxpretrain.methods.cae",
+    "IJEPAViT": "jaxpretrain.methods.ijepa",
+    "Data2VecViT": "jaxpretrain.methods.data2vec",
+    "IBOTViT": "jaxpretrain.methods.ibot",
+    "ResNetSobel": "jaxpretrain.methods.deepcluster",
     # necks
     "GlobalAveragePooling": "jaxpretrain.models.necks",
     "GeneralizedMeanPooling": "jaxpretrain.models.necks",
@@ -45,6 +55,18 @@ _TABLE: dict[str, str] = {
     "MAEPretrainDecoder": "jaxpretrain.methods.mae",
     "MoCoV2Neck": "jaxpretrain.methods.moco",
     "DenseCLNeck": "jaxpretrain.methods.densecl",
+    "SwAVNeck": "jaxpretrain.methods.swav",
+    "RelativeLocNeck": "jaxpretrain.methods.relative_loc",
+    "ODCNeck": "jaxpretrain.methods.odc",
+    "SimMIMLinearDecoder": "jaxpretrain.methods.simmim",
+    "MILANPretrainDecoder": "jaxpretrain.methods.milan",
+    "BEiTV2Neck": "jaxpretrain.methods.beit",
+    "CAENeck": "jaxpretrain.methods.cae",
+    "DINONeck": "jaxpretrain.methods.dino",
+    "IBOTNeck": "jaxpretrain.methods.ibot",
+    "DINOv2Neck": "jaxpretrain.methods.dinov2",
+    "IJEPAPredictor": "jaxpretrain.methods.ijepa",
+    "Data2VecDecoder": "jaxpretrain.methods.data2vec",
     # heads
     "ClsHead": "jaxpretrain.models.heads",
     "LinearClsHead": "jaxpretrain.models.heads",
@@ -62,6 +84,18 @@ _TABLE: dict[str, str] = {
     "MoCoV3Head": "jaxpretrain.methods.mocov3",
     "LatentCrossCorrelationHead": "jaxpretrain.methods.barlowtwins",
     "LatentPredictHead": "jaxpretrain.methods.byol",
+    "SwAVHead": "jaxpretrain.methods.swav",
+    "SimMIMHead": "jaxpretrain.methods.simmim",
+    "MIMHead": "jaxpretrain.methods.milan",
+    "BEiTV1Head": "jaxpretrain.methods.beit",
+    "BEiTV2Head": "jaxpretrain.methods.beit",
+    "CAEHead": "jaxpretrain.methods.cae",
+    "IJEPAHead": "jaxpretrain.methods.ijepa",
+    "Data2VecHead": "jaxpretrain.methods.data2vec",
+    "DINOHead": "jaxpretrain.methods.dino",
+    "IBOTHead": "jaxpretrain.methods.ibot",
+    "DINOv2Head": "jaxpretrain.methods.dinov2",
+    "VICRegHead": "jaxpretrain.methods.vicreg",
     # losses
     "CrossEntropyLoss": "jaxpretrain.models.losses",
     "LabelSmoothLoss": "jaxpretrain.models.losses",
@@ -71,6 +105,19 @@ _TABLE: dict[str, str] = {
     "PixelReconstructionLoss": "jaxpretrain.models.losses",
     "CrossCorrelationLoss": "jaxpretrain.methods.barlowtwins",
     "CosineSimilarityLoss": "jaxpretrain.methods.byol",
+    "SwAVLoss": "jaxpretrain.methods.swav",
+    "CAELoss": "jaxpretrain.methods.cae",
+    "VICRegLoss": "jaxpretrain.methods.vicreg",
+    "KoLeoLoss": "jaxpretrain.methods.dinov2",
+    # target generators and memories
+    "HOGGenerator": "jaxpretrain.methods.maskfeat",
+    "CLIPGenerator": "jaxpretrain.models.clip_generator",
+    "VQKD": "jaxpretrain.models.vqkd",
+    "RandomProjectionTokenizer": "jaxpretrain.methods.visual_tokens",
+    "DALL-E": "jaxpretrain.models.dalle:DALLEEncoder",
+    "SimpleMemory": "jaxpretrain.methods.npid",
+    "ODCMemory": "jaxpretrain.methods.odc",
+    "Kmeans": "jaxpretrain.methods.kmeans",
     # classifiers and methods
     "ImageClassifier": "jaxpretrain.models.classifiers",
     "ImageToImageRetriever": "jaxpretrain.models.retrievers",
@@ -83,6 +130,25 @@ _TABLE: dict[str, str] = {
     "BYOL": "jaxpretrain.methods.byol",
     "MoCo": "jaxpretrain.methods.moco",
     "DenseCL": "jaxpretrain.methods.densecl",
+    "SwAV": "jaxpretrain.methods.swav",
+    "NPID": "jaxpretrain.methods.npid",
+    "RelativeLoc": "jaxpretrain.methods.relative_loc",
+    "RotationPred": "jaxpretrain.methods.rotation_pred",
+    "DeepCluster": "jaxpretrain.methods.deepcluster",
+    "ODC": "jaxpretrain.methods.odc",
+    "SimMIM": "jaxpretrain.methods.simmim",
+    "MaskFeat": "jaxpretrain.methods.maskfeat",
+    "MFF": "jaxpretrain.methods.mff",
+    "MILAN": "jaxpretrain.methods.milan",
+    "EVA": "jaxpretrain.methods.eva",
+    "BEiT": "jaxpretrain.methods.beit",
+    "CAE": "jaxpretrain.methods.cae",
+    "DINO": "jaxpretrain.methods.dino",
+    "IBOT": "jaxpretrain.methods.ibot",
+    "DINOv2": "jaxpretrain.methods.dinov2",
+    "IJEPA": "jaxpretrain.methods.ijepa",
+    "Data2Vec2": "jaxpretrain.methods.data2vec",
+    "VICReg": "jaxpretrain.methods.vicreg",
     # batch augmentations
     "Mixup": "jaxpretrain.data.batch_augments",
     "CutMix": "jaxpretrain.data.batch_augments",
@@ -112,11 +178,20 @@ _TABLE: dict[str, str] = {
     "FashionMNIST": "jaxpretrain.data.sources",
     "ArrayRecordDataset": "jaxpretrain.data.sources",
     "TFDSDataset": "jaxpretrain.data.sources",
+    "VOC": "jaxpretrain.data.voc",
+    "Subset": "jaxpretrain.data.subset",
     # evaluators
     "Accuracy": "jaxpretrain.evaluators.accuracy",
     "KNN": "jaxpretrain.evaluators.knn",
     "LinearProbe": "jaxpretrain.evaluators.linear_probe",
     "Reconstruction": "jaxpretrain.evaluators.reconstruction",
+    "AttentionMaps": "jaxpretrain.evaluators.attention_maps",
+    "LevelProbe": "jaxpretrain.evaluators.levels",
+    "LowShotSVM": "jaxpretrain.evaluators.low_shot_svm",
+    "FeatureStatistics": "jaxpretrain.evaluators.feature_statistics",
+    "NearestNeighbours": "jaxpretrain.evaluators.nearest_neighbours",
+    "Encoder": "jaxpretrain.evaluators.encoder",
+    "FineTuned": "jaxpretrain.evaluators.encoder",
 }
 
 _REGISTERED: dict[str, Any] = {}
@@ -156,7 +231,8 @@ def resolve(name: str) -> Any:
     if name in _REGISTERED:
         return _REGISTERED[name]
     if name in _TABLE:
-        return getattr(importlib.import_module(_TABLE[name]), name)
+        module, _, attribute = _TABLE[name].partition(":")
+        return getattr(importlib.import_module(module), attribute or name)
     if "." in name:
         module, _, attribute = name.rpartition(".")
         try:

@@ -162,11 +162,13 @@ def test_evaluators_make_no_hidden_transfers(digits, state):
             ("knn", "KNN", {}),
             ("linear", "LinearProbe", dict(epochs=1)),
             ("accuracy", "Accuracy", {}),
+            ("statistics", "FeatureStatistics", {}),
+            ("neighbours", "NearestNeighbours", {}),
         )
     }
     context.num_classes = 192  # the raw logits of this context
     with jax.transfer_guard("disallow"):
-        assert len(run_all(evaluators, state)) == 7
+        assert len(run_all(evaluators, state)) == 12
 
 
 def test_completed_steps():
@@ -379,6 +381,103 @@ def test_reconstruction_needs_a_method_that_can(digits, state):
         build(dict(type="Reconstruction"), context=context).run(state)
 
 
+class TokenPainter:
+    """Stands in for a method that predicts no pixels: maps of its own, and a score."""
+
+    def reconstruct(self, images, *, rngs):
+        grey = jnp.full((*images.shape[:3], 1), 200, jnp.uint8)
+        picture = {"masked": 0 * images, "tokens_told": grey, "mask": images[..., :1], "codes": images[:, 0, 0]}
+        return dict(picture, accuracy=jnp.float32(12.5))
+
+
+def test_reconstruction_draws_what_other_methods_have(digits, state, tmp_path):
+    context = make_context(digits, workdir=tmp_path, method=lambda state: TokenPainter())
+    scores = build(dict(type="Reconstruction", num_images=2), context=context).run(state)
+    assert scores == {"accuracy": 12.5}
+    picture = np.asarray(Image.open(tmp_path / "pictures" / "reconstruction.png"))
+    assert picture.shape[1] == 3 * 120 + 8  # original, masked, tokens told
+    assert (picture[-120:-8, 128:240] == MEAN).all() and (picture[-120:-8, 248:360] == 200).all()
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def test_statistics_of_known_features(state):
+    def statistics(features, labels, **options):
+        images = np.zeros((len(labels), 1, 1, 3), np.uint8)
+        context = make_context({"val": (images, labels)}, batch_size=len(labels), num_classes=8)
+        context.features = lambda state, batch: jnp.asarray(features, jnp.float32)[batch["index"]]
+        return build(dict(type="FeatureStatistics", **options), context=context).run(state)
+
+    labels = np.arange(40) % 4
+    x = np.random.default_rng(0).standard_normal((40, 6)) @ np.diag([5, 4, 3, 2, 1, 0.5]) + 1
+    found = statistics(x, labels)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    s = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
+    p = s / s.sum()
+    distance = np.square(unit[:, None] - unit[None]).sum(axis=2)
+    apart = ~np.eye(40, dtype=bool)
+    assert found == pytest.approx(
+        {
+            "std": unit.std(axis=0).mean() * 6**0.5,
+            "effective_rank": np.exp(-(p * np.log(p)).sum()),
+            "uniformity": np.log(np.exp(-2 * distance[apart]).mean()),
+            "alignment": distance[apart & (labels[:, None] == labels)].mean(),
+        },
+        rel=1e-4,
+    )
+    few = statistics(x[:5], labels[:5])  # fewer images than dimensions
+    s = np.linalg.svd(x[:5] - x[:5].mean(axis=0), compute_uv=False)[:4]
+    assert few["effective_rank"] == pytest.approx(np.exp(-(s / s.sum() * np.log(s / s.sum())).sum()), rel=1e-3)
+    collapsed = statistics(np.ones((40, 6)), labels)
+    assert collapsed == pytest.approx(dict(std=0, effective_rank=1, uniformity=0, alignment=0), abs=1e-5)
+    even = statistics(np.random.default_rng(0).standard_normal((2000, 8)), np.arange(2000) % 8)
+    assert even["std"] == pytest.approx(1, abs=0.02) and even["effective_rank"] == pytest.approx(8, abs=0.05)
+    assert even["uniformity"] < -2.5
+    assert "alignment" not in statistics(x[:4], labels[:4])  # no two of a class
+    assert statistics(x, labels, max_images=20) == statistics(x, labels, max_images=20) != found
+
+
+# ------------------------------------------------------------------------------------------------ neighbours
+
+
+def test_nearest_neighbours_are_drawn_with_their_labels(digits, state, tmp_path):
+    context = make_context(digits, workdir=tmp_path)
+    scores = build(dict(type="NearestNeighbours", num_images=4, k=3), context=context).run(state)
+    (x, y), (qx, qy) = flat(digits["train"]), flat(digits["val"])
+    rows = np.linspace(0, len(qy) - 1, 4).round().astype(int)
+    reference = KNeighborsClassifier(3, metric="cosine").fit(x, y)
+    nearest = reference.kneighbors(qx[rows], return_distance=False)
+    assert scores == {"same_class": pytest.approx(100 * (y[nearest] == qy[rows][:, None]).mean())}
+    picture = np.asarray(Image.open(tmp_path / "pictures" / "nearest_neighbours_7.png"))
+    np.testing.assert_array_equal(picture, np.asarray(Image.open(tmp_path / "pictures" / "nearest_neighbours.png")))
+    # Each image is enlarged by 8, with a frame of 4 px in green or red.
+    cell, top, left = 64 + 8 + 6, 13 + 18, 18
+    for i, row in enumerate(rows):
+        y0 = top + i * (cell + 17)
+        corner = picture[y0 + 4 : y0 + 68, 6 + 4 : 6 + 68]
+        np.testing.assert_array_equal(corner[4::8, 4::8], digits["val"][0][row])
+        for j, near in enumerate(nearest[i]):
+            x0 = left + (j + 1) * cell
+            np.testing.assert_array_equal(picture[y0 + 8 : y0 + 68 : 8, x0 + 8 : x0 + 68 : 8], digits["train"][0][near])
+            red, green, _ = picture[y0 + 1, x0 + 1].astype(int)
+            assert (green > red) == (y[near] == qy[row])
+
+
+def test_nearest_neighbours_without_workdir_and_by_random_access(digits, state, tmp_path):
+    context = make_context(digits)
+    plain = build(dict(type="NearestNeighbours"), context=context).run(state)
+    asked = []
+    context = make_context(digits, workdir=tmp_path)
+    context.images = lambda split, index: asked.append((split, index)) or digits[split][0][index]
+    assert build(dict(type="NearestNeighbours"), context=context).run(state) == plain
+    assert len(asked) == 8 + 64 and (tmp_path / "pictures" / "nearest_neighbours.png").exists()
+    passed = make_context(digits, workdir=tmp_path / "b")
+    build(dict(type="NearestNeighbours"), context=passed).run(state)
+    pictures = [np.asarray(Image.open(path)) for path in tmp_path.rglob("nearest_neighbours.png")]
+    np.testing.assert_array_equal(*pictures)
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
@@ -394,6 +493,8 @@ def test_reconstruction_needs_a_method_that_can(digits, state):
         (dict(type="LinearProbe", weight_decays=[-1]), "LinearProbe.weight_decays"),
         (dict(type="LinearProbe", epochs=0), "LinearProbe.epochs"),
         (dict(type="Accuracy", topk=[1, 2.5]), "Accuracy.topk"),
+        (dict(type="FeatureStatistics", max_images=0), "FeatureStatistics.max_images"),
+        (dict(type="NearestNeighbours", k=0), "NearestNeighbours.k"),
     ],
 )
 def test_mistakes_are_named(digits, options, message):
@@ -415,6 +516,9 @@ EVALUATORS = {
     "linear": dict(type="LinearProbe", epochs=3),
     "accuracy": dict(type="Accuracy"),
     "picture": dict(type="Reconstruction", num_images=5),
+    "statistics": dict(type="FeatureStatistics"),
+    "neighbours": dict(type="NearestNeighbours", num_images=3, k=2),
+    "svm": dict(type="LowShotSVM", k=2, draws=1, costs=1.0),
 }
 
 

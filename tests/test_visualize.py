@@ -99,7 +99,8 @@ def test_a_folder_without_metrics_is_an_error(tmp_path, function):
 
 
 @pytest.mark.parametrize(
-    "name, percent", [("knn/top1", True), ("knn/k20_top5", True), ("linear/lr", False), ("stop/mse", False)]
+    "name, percent",
+    [("knn/top1", True), ("knn/k20_top5", True), ("svm/k8_map", True), ("linear/lr", False), ("stop/mse", False)],
 )
 def test_which_scores_are_percentages(name, percent):
     assert is_percent(name) is percent
@@ -140,7 +141,8 @@ def test_grid_undoes_the_normalisation_and_enlarges_by_whole_pixels():
     pixels = rng.integers(0, 256, (2, 32, 32, 3))
     mean, std = np.array([120.0, 110.0, 100.0]), np.array([60.0, 55.0, 50.0])
     normalised = ((pixels - mean) / std).astype(np.float32)
-    grid = reconstruction_grid(normalised, np.zeros_like(normalised), normalised + 100, mean, std)
+    columns = dict(original=normalised, masked=np.zeros_like(normalised), reconstructed=normalised + 100)
+    grid = reconstruction_grid(columns, mean, std)
     assert grid.dtype == np.uint8
     enlarged = pixels[1].repeat(4, axis=0).repeat(4, axis=1)
     assert grid.shape[1] == 3 * (128 + 8) + 8
@@ -154,9 +156,25 @@ def test_grid_undoes_the_normalisation_and_enlarges_by_whole_pixels():
 
 def test_grid_does_not_shrink_or_enlarge_large_images():
     images = np.zeros((1, 224, 160, 3), np.float32)
-    grid = reconstruction_grid(images, images, images)
+    grid = reconstruction_grid(dict(a=images, b=images, c=images))
     assert grid.shape[1] == 3 * 168 + 8
     assert grid.shape[0] > 224
+
+
+def test_grid_draws_what_there_is_under_its_title():
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (1, 112, 112, 3), dtype=np.uint8)
+    grey = rng.integers(0, 256, (1, 56, 56, 1), dtype=np.uint8)
+    grid = reconstruction_grid(
+        {"original": raw / np.float32(255), "as it is": raw, "a grey map of half the size": grey}
+    )
+    assert grid.shape[1] == 3 * 120 + 8
+    cells = [grid[-120:-8, left : left + 112] for left in (8, 128, 248)]
+    np.testing.assert_array_equal(cells[0], raw[0])
+    np.testing.assert_array_equal(cells[1], raw[0])
+    np.testing.assert_array_equal(cells[2], grey[0].repeat(2, 0).repeat(2, 1).repeat(3, 2))
+    title = grid[: grid.shape[0] - 120]
+    assert (title[:, -8:] == 255).all() and (title[:, :8] == 255).all()  # a long title is set smaller, not cut
 
 
 def test_save_png_makes_its_folder(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxpretrain.build import ConfigError
 
@@ -33,6 +33,10 @@ class EvalContext:
         workdir: where pictures go; None writes none.
         seed: of everything random in evaluators.
         preprocess: batch with uint8 images -> batch with normalised ones, an affine map of each channel.
+        targets: split -> int8 [N, classes] of multi-label data, by the samples' index: 1 where a class is present, 0 where
+            it is not, -1 where that shall not count (VOC's difficult objects); None for data with one label per image.
+        images: (split, index) -> uint8 [H, W, 3], one image after the evaluation pipeline; None: `fetch_images` looks
+            for it in the batches of `loader`.
     """
 
     features: Callable[[Any, Batch], Array]
@@ -43,6 +47,8 @@ class EvalContext:
     workdir: Path | None
     seed: int
     preprocess: Callable[[Batch], Batch]
+    targets: Callable[[str], Int[np.ndarray, "n classes"] | None] | None = None
+    images: Callable[[str, int], UInt8[np.ndarray, "h w 3"]] | None = None
     _cache: tuple[list, dict[str, Any]] = field(default_factory=lambda: ([], {}), init=False, repr=False)
 
     def clear(self) -> None:
@@ -106,37 +112,84 @@ def extract(context: EvalContext, state: Any, split: str) -> tuple[Float[np.ndar
     The result is kept until another state, or `context.clear()`, comes.
 
     Raises:
-        ConfigError: an empty split, or labels outside of 0 to num_classes - 1.
+        ConfigError: an empty split; labels outside of 0 to num_classes - 1; several labels per image.
         FloatingPointError: features that are not finite.
     """
+    features, labels, _ = extract_rows(context, state, split)
+    if labels.ndim > 1:
+        raise ConfigError(
+            f"evaluators: the {split} split has several labels per image, and this evaluator needs one; score such data "
+            "with dict(type='LowShotSVM')"
+        )
+    return features, labels
+
+
+def extract_rows(context: EvalContext, state: Any, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `extract`, of multi-label data too (labels are then `context.targets`, int8 [N, classes]), and the samples' index."""
+
+    def compute() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        arrays, labels, index = run_over(context, split, lambda b: {"features": context.features(state, b)})
+        return arrays["features"], labels, index
+
+    return remember(context, state, ("features", split), compute)
+
+
+def remember(context: EvalContext, state: Any, key: Any, compute: Callable[[], T]) -> T:
+    """`compute()`, or what it gave before for this key and state."""
     leaves = jax.tree.leaves(state)
-    held, splits = context._cache
+    held, kept = context._cache
     # By identity: arrays never change, and those in the cache stay alive, so an id cannot be taken over.
     if len(held) != len(leaves) or any(a is not b for a, b in zip(held, leaves, strict=True)):
-        splits = {}
-        context._cache = (leaves, splits)
-    if split not in splits:
-        splits[split] = _extract(context, state, split)
-    return splits[split]
+        kept = {}
+        context._cache = (leaves, kept)
+    if key not in kept:
+        kept[key] = compute()
+    return kept[key]
 
 
-def _extract(context: EvalContext, state: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
-    outputs = (
-        (context.features(state, batch), batch["label"], batch["index"], batch["valid"])
-        for batch in context.loader(split)
-    )
+def run_over(
+    context: EvalContext, split: str, function: Callable[[Batch], dict[str, Array]]
+) -> tuple[dict[str, Float[np.ndarray, "n d"]], np.ndarray, Int[np.ndarray, " n"]]:
+    """({name: [N, D]}, labels, index) of all valid samples of a split, in the order of their index, from one pass over it.
+
+    Args:
+        function: batch -> arrays of as many rows. Labels are int32 [N], or `context.targets`, int8 [N, classes].
+    """
+    outputs = ((function(batch), batch["label"], batch["index"], batch["valid"]) for batch in context.loader(split))
+    parts: dict[str, list[np.ndarray]] = {}
     rows = []
-    for features, label, index, valid in map(gather, one_behind(outputs)):
-        rows.append((features[valid], label[valid], index[valid]))
-    if not any(len(label) for _, label, _ in rows):
+    for arrays, label, index, valid in map(gather, one_behind(outputs)):
+        rows.append((label[valid], index[valid]))
+        for name, array in arrays.items():
+            parts.setdefault(name, []).append(array[valid])
+    if not any(len(label) for label, _ in rows):
         raise ConfigError(f"evaluators: the {split} split has no images; check config.data.{split}.dataset")
-    features, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
+    labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
     order = np.argsort(index, kind="stable")
-    features, labels = features[order], labels[order]
-    check_labels(labels, context.num_classes, split)
-    if not np.isfinite(features).all():
-        raise FloatingPointError(f"evaluators: the features of the {split} split are not finite")
-    return features, labels
+    labels, index = labels[order], index[order]
+    targets = context.targets(split) if context.targets is not None else None
+    if targets is not None:
+        labels = targets[index]
+    else:
+        check_labels(labels, context.num_classes, split)
+    found = {}
+    for name in list(parts):
+        found[name] = np.concatenate(parts.pop(name))[order]  # one after the other: they may be large
+        if not np.isfinite(found[name]).all():
+            raise FloatingPointError(f"evaluators: the {name} of the {split} split are not finite")
+    return found, labels, index
+
+
+def fetch_images(context: EvalContext, split: str, indices: Sequence[int]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Images of a split after the evaluation pipeline, by index."""
+    if context.images is not None:
+        return np.stack([context.images(split, int(index)) for index in indices])
+    wanted, found = {int(index) for index in indices}, {}
+    for image, index, valid in map(gather, ((b["image"], b["index"], b["valid"]) for b in context.loader(split))):
+        found.update({int(i): image[row] for row, i in enumerate(index) if valid[row] and int(i) in wanted})
+        if len(found) == len(wanted):
+            break
+    return np.stack([found[int(index)] for index in indices])
 
 
 def check_labels(labels: np.ndarray, num_classes: int | None, split: str) -> None:

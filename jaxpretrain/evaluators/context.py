@@ -8,15 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from jaxpretrain.build import ConfigError, build
 from jaxpretrain.config import to_plain
+from jaxpretrain.data.chunks import Reader
 from jaxpretrain.data.device import DevicePipeline
 from jaxpretrain.data.pipeline import EvalLoader
 from jaxpretrain.data.prefetch import device_prefetch
+from jaxpretrain.data.transforms import build_pipeline
 from jaxpretrain.evaluators.base import Batch, EvalContext, Evaluator
 from jaxpretrain.sharding import BATCH
 from jaxpretrain.train_state import State, eval_params, make_method
@@ -72,6 +75,13 @@ def make_context(config: Any, mesh: Mesh, workdir: Path | None) -> EvalContext:
         finally:
             batches.close()
 
+    def targets(split: str) -> np.ndarray | None:
+        return getattr(source(split).source, "targets", None)
+
+    def image(split: str, index: int) -> np.ndarray:
+        pipeline = build_pipeline(to_plain(config.data.val.pipeline))
+        return Reader(source(split).source, pipeline, seed=0).read(0, index)[0]["image"]
+
     num_classes = source("train").num_classes or 0
     return EvalContext(
         features=features,
@@ -82,6 +92,8 @@ def make_context(config: Any, mesh: Mesh, workdir: Path | None) -> EvalContext:
         workdir=workdir,
         seed=config.seed,
         preprocess=preprocess,
+        targets=targets,
+        images=image,
     )
 
 

@@ -68,8 +68,10 @@ class LinearProbe(Evaluator):
             raise ConfigError(f"LinearProbe.weight_decays is {weight_decays!r}; it must be numbers from 0 up")
 
     def run(self, state: Any) -> dict[str, float]:
-        train = extract(self.context, state, "train")
-        val = extract(self.context, state, "val")
+        return self.probe(extract(self.context, state, "train"), extract(self.context, state, "val"))
+
+    def probe(self, train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+        """The scores of (features [N, D], labels [N]) of both splits."""
         if len(train[1]) < 2:
             raise ConfigError("LinearProbe needs at least two training images, one to learn from and one to choose by")
         pairs = np.array([(lr, decay) for lr in self.lrs for decay in self.weight_decays], np.float32)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from jaxpretrain.build import ConfigError, build
 from jaxpretrain.models.layers import BaseModule, freeze
 from jaxpretrain.models.layers.conv import global_avg_pool
+
+if TYPE_CHECKING:
+    from jaxpretrain.data.chunks import Order
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
@@ -68,6 +72,40 @@ class Method(BaseModule):
         """Whether `logits` is defined: true for classifiers."""
         return type(self).logits is not Method.logits
 
+    # Methods that keep something about each image of the data set, and may want to see all of them between epochs.
+
+    @property
+    def num_samples(self) -> int | None:
+        """How many images the method has a memory for, which must be those of the data set; None: it has none."""
+        return None
+
+    def regroups(self, epoch: int) -> bool:
+        """Whether `regroup` shall run before epoch `epoch`, from 0."""
+        return False
+
+    def embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        """The features that `regroup` gets. Needs eval mode."""
+        return self.features(images)
+
+    def regroup(
+        self, features: Float[np.ndarray, "n d"], *, epoch: int, key: Array, mesh: jax.sharding.Mesh | None = None
+    ) -> dict[str, float]:
+        """Changes weights and state, in place, in view of `embed` of the whole training set; returns what to log.
+
+        Runs outside of jit, the same on every host, and writes whole arrays.
+
+        Args:
+            features: float32, in the order of the images' index, seen through the evaluation pipeline.
+            epoch: the one that begins, from 0.
+            key: for what is random, of this epoch.
+            mesh: the devices to compute on.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no regroup")
+
+    def order(self) -> Order | None:
+        """The order in which epochs take images, from the present state; None: each image once, at random."""
+        return None
+
 
 class BaseSelfSupervisor(Method):
     """A self-supervised method of three parts, MMPretrain's base class; most methods differ in their loss alone.
@@ -84,8 +122,8 @@ class BaseSelfSupervisor(Method):
     def __init__(
         self,
         backbone: Mapping[str, Any] | nnx.Module,
-        neck: Mapping[str, Any] | nnx.Module,
-        head: Mapping[str, Any] | nnx.Module,
+        neck: Mapping[str, Any] | nnx.Module | None,
+        head: Mapping[str, Any] | nnx.Module | None,
         target_generator: Mapping[str, Any] | nnx.Module | None = None,
         pretrained: None = None,
         data_preprocessor: Any = None,

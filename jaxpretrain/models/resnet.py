@@ -289,6 +289,7 @@ class ResNet(BaseModule):
                 x = layer(x)
         else:
             x = relu(self.bn1(self.conv1(x)))
+        record(self, "stem", x)
         return max_pool2d(x, 3, 2, 1)
 
     def _freeze(self, frozen_stages: int) -> None:

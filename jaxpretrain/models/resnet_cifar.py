@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError
 from jaxpretrain.models.layers.conv import Conv2d, relu
+from jaxpretrain.models.layers.intermediates import record
 from jaxpretrain.models.layers.norm import build_norm
 from jaxpretrain.models.resnet import ResNet
 
@@ -35,4 +36,6 @@ class ResNet_CIFAR(ResNet):
         self.bn1 = build_norm(norm_cfg, channels, norm_eval=norm_eval, rngs=rngs)
 
     def _apply_stem(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
-        return relu(self.bn1(self.conv1(x)))
+        x = relu(self.bn1(self.conv1(x)))
+        record(self, "stem", x)
+        return x

@@ -68,13 +68,15 @@ def is_number(value: Any) -> bool:
 
 
 def is_percent(name: str) -> bool:
-    """Whether a score is an accuracy in percent: `knn/top1`, `knn/k20_top5`."""
-    return name.rsplit("/", 1)[-1].rsplit("_", 1)[-1].startswith("top")
+    """Whether a score is an accuracy or average precision in percent: `knn/top1`, `knn/k20_top5`, `svm/k8_map`."""
+    kind = name.rsplit("/", 1)[-1].rsplit("_", 1)[-1]
+    return kind.startswith("top") or kind == "map"
 
 
 def is_choice(name: str) -> bool:
-    """Whether a score is none, but a setting that a probe chose: `linear/lr`."""
-    return name.rsplit("/", 1)[-1] in ("lr", "weight_decay")
+    """Whether a score is none, but what a probe chose, or how its scores vary: `linear/lr`, `svm/k8_map_std`."""
+    score = name.rsplit("/", 1)[-1]
+    return score in ("lr", "weight_decay", "best", "level") or score.endswith("_map_std")
 
 
 def plot_curves(workdir: str | Path, path: str | Path | None = None) -> Path:

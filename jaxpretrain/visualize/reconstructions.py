@@ -1,51 +1,52 @@
-"""Pictures of masked autoencoders: original, masked and reconstructed side by side."""
+"""Pictures of masked image modelling: original, masked and predicted side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Num, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-TITLES = ("original", "masked", "reconstructed")
 _SMALLEST = 112  # px: images smaller than this are enlarged
 _GAP = 8  # px between images
 _PAPER, _INK = 255, 40  # grey levels
 
 
 def reconstruction_grid(
-    original: Float[np.ndarray, "n h w 3"],
-    masked: Float[np.ndarray, "n h w 3"],
-    reconstructed: Float[np.ndarray, "n h w 3"],
+    columns: Mapping[str, Num[np.ndarray, "n h w c"]],
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (255.0, 255.0, 255.0),
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """One row per image, under column titles. Small images are enlarged by a whole factor, pixels staying squares.
+    """One row per image, one column per kind of picture. Small images are enlarged by a whole factor, pixels staying squares.
 
     Args:
-        original, masked, reconstructed: images normalised by mean and std, in RGB.
+        columns: title -> pictures, RGB or of one channel: floats normalised by mean and std, or uint8 as they are. Those of
+            another size than the first column's are brought to it.
         mean, std: of the normalisation, in grey levels from 0 to 255; by default images are from 0 to 1.
     """
-    columns = [_to_uint8(images, mean, std) for images in (original, masked, reconstructed)]
-    count, height, width = columns[0].shape[:3]
+    pixels = [images if images.dtype == np.uint8 else _to_uint8(images, mean, std) for images in columns.values()]
+    pixels = [images if images.shape[3] == 3 else images.repeat(3, axis=3) for images in pixels]
+    count, height, width = pixels[0].shape[:3]
     factor = max(1, -(-_SMALLEST // min(height, width)))
-    columns = [column.repeat(factor, axis=1).repeat(factor, axis=2) for column in columns]
     height, width = height * factor, width * factor
     text_height = min(max(width // 8, 12), 24)
+    while text_height > 9 and max(map(ImageFont.load_default(size=text_height).getlength, columns)) > width + _GAP // 2:
+        text_height -= 1
     font, title_height = ImageFont.load_default(size=text_height), 2 * text_height
     canvas = np.full(
-        (title_height + count * (height + _GAP), len(columns) * (width + _GAP) + _GAP, 3), _PAPER, dtype=np.uint8
+        (title_height + count * (height + _GAP), len(pixels) * (width + _GAP) + _GAP, 3), _PAPER, dtype=np.uint8
     )
-    for i, column in enumerate(columns):
+    for i, column in enumerate(pixels):
         left = _GAP + i * (width + _GAP)
         for j, image in enumerate(column):
             top = title_height + j * (height + _GAP)
-            canvas[top : top + height, left : left + width] = image
+            resized = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas[top : top + height, left : left + width] = np.asarray(resized)
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
-    for i, title in enumerate(TITLES):
+    for i, title in enumerate(columns):
         centre = _GAP + i * (width + _GAP) + width // 2
         draw.text((centre, title_height // 2), title, fill=(_INK,) * 3, font=font, anchor="mm")
     return np.asarray(picture)
