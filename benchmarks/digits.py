@@ -3,7 +3,8 @@
     python benchmarks/digits.py [--only=dino,mae] [--workdir=DIR]
 
 Prints a row for each recipe: linear probe and kNN (top-1, in per cent) of the untrained and of the trained encoder, and
-minutes of CPU time from the command to its end, all cores together (on two idle ones it takes about half). Finished ones (a workdir with `seconds`) are not run again.
+minutes of CPU time, all cores together (two idle ones take about half as long). Finished ones (a workdir with `seconds`)
+are not run again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """MAE: Masked Autoencoders Are Scalable Vision Learners (He et al., 2021).
 
 Measured here: `digits`, on 2 CPU cores. The others have not been run by us; published by MMPretrain: top-1 on ImageNet-1k
-after fine-tuning / with a linear probe.
+after fine-tuning / with a linear probe, by the recipes at the end, whose names say on which encoder; they start from
+`--config.load_from.path=RUN`. `ds` and `fsdp` shard weights and optimizer over all devices.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
@@ -14,6 +15,12 @@ after fine-tuning / with a linear probe.
 | mae_vit-large-p16_8xb512-amp-coslr-800e_in1k | | 8 GPUs | | 85.4 / 73.7 |
 | mae_vit-large-p16_8xb512-amp-coslr-1600e_in1k | | 8 GPUs | | 85.7 / 75.5 |
 | mae_vit-huge-p14_8xb512-amp-coslr-1600e_in1k | | 8 GPUs | | 86.9 / - |
+| vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k (and 400e, 800e, 1600e) | | 8 GPUs | | as above |
+| vit-base-p16_mae-300e-pre_8xb2048-linear-coslr-90e_in1k (and 400e, 800e, 1600e) | | 8 GPUs | | as above |
+| vit-large-p16_mae-400e-pre_8xb128-coslr-50e_in1k (and 800e, 1600e) | | 8 GPUs | | as above |
+| vit-large-p16_mae-400e-pre_8xb2048-linear-coslr-90e_in1k (and 800e, 1600e) | | 8 GPUs | | as above |
+| vit-huge-p14_mae-1600e-pre_8xb128-coslr-50e_in1k | | 8 GPUs | | 86.9 |
+| vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px | | 32 GPUs | | 87.3 |
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from functools import partial
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
+from jaxpretrain.followers import fine_tune_vit, probe_vit
 from jaxpretrain.recipes import DIGITS_MEAN_STD, FLIP, digits, frozen_feature_scores, imagenet, recipe, warmup_cosine
 
 NO_DECAY = {name: dict(decay_mult=0.0) for name in ("ln", "bias", "pos_embed", "mask_token", "cls_token")}
@@ -132,6 +140,11 @@ def tiny() -> ConfigDict:
     )
 
 
+BASE = partial(fine_tune_vit, "base", lr=2e-3)
+LARGE = partial(fine_tune_vit, "large", lr=4e-3, epochs=50, layer_decay=0.75, drop_path=0.2)
+HUGE = partial(fine_tune_vit, "huge", lr=4e-3, epochs=50, layer_decay=0.75, drop_path=0.3, patch_size=14)
+SHARDED = dict(mesh=dict(data=1, fsdp=-1))
+
 RECIPES = {
     "mae_vit-base-p16_8xb512-amp-coslr-300e_in1k": partial(pretrain, "b", 16, 300),
     "mae_vit-base-p16_8xb512-amp-coslr-400e_in1k": partial(pretrain, "b", 16, 400),
@@ -144,6 +157,24 @@ RECIPES = {
     # The zoo says p16 for the weights that this recipe, with patches of 14, made; both names are in use.
     "mae_vit-huge-p14_8xb512-amp-coslr-1600e_in1k": partial(pretrain, "h", 14, 1600),
     "mae_vit-huge-p16_8xb512-amp-coslr-1600e_in1k": partial(pretrain, "h", 14, 1600),
+    **{f"vit-base-p16_mae-{n}e-pre_8xb128-coslr-100e_in1k": BASE for n in (300, 400, 800, 1600)},
+    **{f"vit-large-p16_mae-{n}e-pre_8xb128-coslr-50e_in1k": LARGE for n in (400, 800, 1600)},
+    "vit-large-p16_8xb128-ds-coslr-50e_in1k": partial(LARGE, **SHARDED),
+    "vit-large-p16_8xb128-fsdp-coslr-50e_in1k": partial(LARGE, dtype="bfloat16", **SHARDED),
+    "vit-huge-p14_mae-1600e-pre_8xb128-coslr-50e_in1k": HUGE,
+    "vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px": partial(
+        HUGE, size=448, gpus=32, per_gpu=8, auto_scale_lr=dict(enable=True, base_batch_size=1024)
+    ),
+    "vit-huge-p14_8xb128-ds-coslr-50e_in1k": partial(HUGE, **SHARDED),
+    "vit-huge-p14_8xb128-fsdp-coslr-50e_in1k": partial(HUGE, dtype="bfloat16", **SHARDED),
+    **{
+        f"vit-base-p16_mae-{n}e-pre_8xb2048-linear-coslr-90e_in1k": partial(probe_vit, "base", 6.4, 90)
+        for n in (300, 400, 800, 1600)
+    },
+    **{
+        f"vit-large-p16_mae-{n}e-pre_8xb2048-linear-coslr-90e_in1k": partial(probe_vit, "large", 6.4, 90)
+        for n in (400, 800, 1600)
+    },
     "digits": tiny,
 }
 

@@ -66,14 +66,18 @@ def in1k(
     gpus: int = 8,
     per_gpu: int = 32,
     schedule: list = STEPS,
-    crop: dict | None = None,
+    filters: dict = {},  # noqa: B006 - read only
     optimizer: dict | None = None,
     **model: Any,
 ) -> ConfigDict:
     norm = dict(type="BN", requires_grad=True, groups=gpus)
     return recipe(
         method=classifier(dict(type=kind, depth=depth, norm_cfg=norm), 1000, 512 if depth < 50 else 2048, **model),
-        data=imagenet([dict(type="RandomResizedCrop", scale=224, **(crop or {}))], [FLIP]),
+        data=imagenet(
+            [dict(type="RandomResizedCrop", scale=224, **filters)],
+            [FLIP],
+            resize=dict(type="ResizeEdge", scale=256, edge="short", **filters),
+        ),
         batch_size=gpus * per_gpu,
         max_epochs=100,
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4) | (optimizer or {})),
@@ -151,7 +155,13 @@ RECIPES = {
     "resnet50_8xb32-cutmix_in1k": partial(in1k, 50, augments=dict(type="CutMix", alpha=1.0)),
     "resnet50_32xb64-warmup_in1k": partial(in1k, 50, gpus=32, per_gpu=64, schedule=WARMUP_STEPS, optimizer=NESTEROV),
     "resnet50_32xb64-warmup-lbs_in1k": partial(
-        in1k, 50, gpus=32, per_gpu=64, schedule=WARMUP_STEPS, optimizer=NESTEROV, loss=LABEL_SMOOTHING
+        in1k,
+        50,
+        gpus=32,
+        per_gpu=64,
+        schedule=WARMUP_STEPS,
+        optimizer=NESTEROV,
+        loss=LABEL_SMOOTHING | dict(num_classes=1000),
     ),
     "resnet50_32xb64-warmup-coslr_in1k": partial(
         in1k,
@@ -162,7 +172,7 @@ RECIPES = {
         optimizer=NESTEROV,
     ),
     **{
-        f"resnetv1{letter}{depth}_8xb32_in1k": partial(in1k, depth, kind=f"ResNetV1{letter}", crop=PILLOW)
+        f"resnetv1{letter}{depth}_8xb32_in1k": partial(in1k, depth, kind=f"ResNetV1{letter}", filters=PILLOW)
         for letter in "cd"
         for depth in (50, 101, 152)
     },

@@ -1,6 +1,7 @@
 """SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., 2020).
 
-Measured here: `digits`, on 2 CPU cores. The others have not been run by us; published by MMPretrain: linear probe on ImageNet-1k.
+Measured here: `digits`, on 2 CPU cores. The others have not been run by us; published by MMPretrain: linear probe on ImageNet-1k,
+by the recipes at the end, whose names say on which encoder; they start from `--config.load_from.path=RUN`.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
@@ -8,6 +9,8 @@ Measured here: `digits`, on 2 CPU cores. The others have not been run by us; pub
 | simclr_resnet50_16xb256-coslr-200e_in1k | `--config=configs/simclr.py` | 16 GPUs | | 66.9 |
 | simclr_resnet50_16xb256-coslr-800e_in1k | `--config=configs/simclr.py:NAME` | 16 GPUs | | 69.2 |
 | simclr_resnet50_8xb32-coslr-200e_in1k | | 8 GPUs | | - |
+| resnet50_simclr-200e-pre_8xb512-linear-coslr-90e_in1k | | 8 GPUs | | 66.9 |
+| resnet50_simclr-800e-pre_8xb512-linear-coslr-90e_in1k | | 8 GPUs | | 69.2 |
 """
 
 from __future__ import annotations
@@ -17,27 +20,24 @@ from functools import partial
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
+from jaxpretrain.followers import probe_resnet50
 from jaxpretrain.recipes import (
     DIGITS_MEAN_STD,
     FLIP,
+    GRAYSCALE,
     LARS_EXCLUDE,
+    blur,
     digits,
     frozen_feature_scores,
     imagenet,
+    jitter,
     recipe,
+    two_views,
     warmup_cosine,
 )
 
-VIEW = [
-    FLIP,
-    dict(
-        type="RandomApply",
-        transforms=[dict(type="ColorJitter", brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)],
-        prob=0.8,
-    ),
-    dict(type="RandomGrayscale", prob=0.2, keep_channels=True, channel_weights=(0.114, 0.587, 0.2989)),
-    dict(type="GaussianBlur", magnitude_range=(0.1, 2.0), magnitude_std="inf", prob=0.5),
-]
+CROP = dict(type="RandomResizedCrop", scale=224, backend="pillow")
+VIEW = [FLIP, jitter(0.8, 0.8, 0.8, 0.2), GRAYSCALE, blur(0.5)]
 
 
 def pretrain(batch_size: int, epochs: int, lr: float, base_batch_size: int | None = None) -> ConfigDict:
@@ -55,16 +55,7 @@ def pretrain(batch_size: int, epochs: int, lr: float, base_batch_size: int | Non
             ),
             head=dict(type="ContrastiveHead", loss=dict(type="CrossEntropyLoss"), temperature=0.1),
         ),
-        data=imagenet(
-            [
-                dict(
-                    type="MultiView",
-                    num_views=2,
-                    transforms=[[dict(type="RandomResizedCrop", scale=224, backend="pillow")]],
-                )
-            ],
-            [dict(type="MultiView", num_views=2, transforms=[VIEW])],
-        ),
+        data=imagenet(*two_views(CROP, VIEW)),
         batch_size=batch_size,
         max_epochs=epochs,
         optim_wrapper=dict(
@@ -80,7 +71,7 @@ def pretrain(batch_size: int, epochs: int, lr: float, base_batch_size: int | Non
 def tiny() -> ConfigDict:
     """A narrow ResNet-18 on real handwritten digits; the views are crops and changes of contrast."""
     epochs = 12
-    jitter = dict(type="ColorJitter", brightness=0.6, contrast=0.6)
+    crop = dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.4, 1.0))
     return recipe(
         method=dict(
             type="SimCLR",
@@ -88,22 +79,7 @@ def tiny() -> ConfigDict:
             neck=dict(type="NonLinearNeck", in_channels=128, hid_channels=128, out_channels=64),
             head=dict(type="ContrastiveHead", loss=dict(type="CrossEntropyLoss"), temperature=0.2),
         ),
-        data=digits(
-            [
-                dict(
-                    type="MultiView",
-                    num_views=2,
-                    transforms=[[dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.4, 1.0))]],
-                )
-            ],
-            [
-                dict(
-                    type="MultiView",
-                    num_views=2,
-                    transforms=[[dict(type="RandomApply", transforms=[jitter], prob=0.8)]],
-                )
-            ],
-        ),
+        data=digits(*two_views(crop, [jitter(0.6, 0.6, 0.0, 0.0)])),
         data_preprocessor=DIGITS_MEAN_STD,
         batch_size=128,
         max_epochs=epochs,
@@ -119,11 +95,15 @@ def tiny() -> ConfigDict:
     )
 
 
+PROBE = partial(probe_resnet50, dict(type="LARS", lr=1.6, weight_decay=0.0), 90, 512)
+
 RECIPES = {
     "simclr_resnet50_16xb256-coslr-200e_in1k": partial(pretrain, 4096, 200, 4.8),
     # Named 16xb256, but the recipe itself says 32 images per GPU; the name and the learning rate mean 4,096.
     "simclr_resnet50_16xb256-coslr-800e_in1k": partial(pretrain, 4096, 800, 4.8),
     "simclr_resnet50_8xb32-coslr-200e_in1k": partial(pretrain, 256, 200, 0.3, base_batch_size=256),
+    "resnet50_simclr-200e-pre_8xb512-linear-coslr-90e_in1k": PROBE,
+    "resnet50_simclr-800e-pre_8xb512-linear-coslr-90e_in1k": PROBE,
     "digits": tiny,
 }
 

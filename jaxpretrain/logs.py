@@ -177,10 +177,11 @@ class Clock:
 class MetricLogger:
     """Writes records of metrics to standard error, `workdir/metrics.jsonl`, TensorBoard and Weights & Biases.
 
-    Each record is one JSON object in metrics.jsonl: `step` (completed steps), `epoch` (fractional), `phase` ('train' or
-    'eval'), `elapsed` (seconds of training), the metrics themselves, and in training `images_per_sec`, `data_wait` (the
-    fraction of time since the last record that the loop waited for data) and `mfu` (model FLOPs utilisation, null where the
-    device's peak is unknown). Numbers have all their digits; NaN and infinities become null.
+    Each record is one JSON object in metrics.jsonl: `step` (completed steps), `epoch` (fractional), `phase` ('train', 'eval', or
+    'clusters': what a method did before this step, that begins an epoch), `elapsed` (seconds of training), the metrics
+    themselves, and in training `images_per_sec`, `data_wait` (the fraction of time since the last record that the loop waited
+    for data) and `mfu` (model FLOPs utilisation, null where the device's peak is unknown). Numbers have all their digits; NaN
+    and infinities become null.
 
     Going on from `resume_step`, records of later steps are removed: those steps will be logged anew. So the file holds each
     step once, however often the run was killed.
@@ -257,14 +258,14 @@ class MetricLogger:
         self._progress.show(record, eta=spent / done * (self.total_steps - step) if done else None)
         self._last = now
 
-    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Logs the scores of an evaluation after `step` completed steps."""
+    def evaluation(self, step: int, metrics: Mapping[str, Any], phase: str = "eval") -> None:
+        """Logs the scores of an evaluation after `step` completed steps; or of what else `phase` says, done before it."""
         if self._file is None:
             return
         scores = _plain(metrics)
-        self._write(self._record(step, "eval", self.clock.seconds) | scores)
+        self._write(self._record(step, phase, self.clock.seconds) | scores)
         text = "  ".join(f"{name} {'nan' if value is None else _number(value)}" for name, value in scores.items())
-        self._progress.message(f"eval at step {step}:  {text}")
+        self._progress.message(f"{phase} at step {step}:  {text}")
 
     def close(self) -> None:
         """Ends the progress line and closes all files."""

@@ -111,7 +111,7 @@ def make_train_step(
         params = optax.apply_updates(state["params"], updates)
         method = nnx.merge(graphdef, params, model_state)
         method.after_step(Progress(step=state["step"] + 1, total_steps=total_steps))
-        model_state = split(method)[2]
+        _, params, model_state = split(method)
         average = ema_update(state["ema"], params, state["step"], **ema) if ema else state["ema"]
         metrics = dict(
             loss=loss, **metrics, grad_norm=optax.global_norm(grads), lr=jnp.asarray(learning_rates)[state["step"]]

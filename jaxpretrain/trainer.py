@@ -35,6 +35,7 @@ from jaxpretrain.interop import starting_weights
 from jaxpretrain.logs import Clock, MetricLogger
 from jaxpretrain.models.heads import ClsHead
 from jaxpretrain.optim import base_lr, build_optimizer, learning_rates, scale_lr, weight_decays
+from jaxpretrain.regrouping import Regrouping
 from jaxpretrain.sharding import BATCH, log_replicated, make_mesh, tree_shardings
 from jaxpretrain.train_state import Batch, State, init_state, make_method, make_train_step, split
 from jaxpretrain.visualize.report import write_report
@@ -74,6 +75,7 @@ class Trainer:
             max_bad=config.data.max_bad,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch
+        self.regrouping = Regrouping(config, self.mesh, self.loader.length)
         self.total_steps = config.max_steps or config.max_epochs * self.steps_per_epoch
         optim_wrapper = to_plain(config.optim_wrapper)
         if config.auto_scale_lr.enable:
@@ -113,6 +115,7 @@ class Trainer:
         config, scores = self.config, {}
         self.workdir.mkdir(parents=True, exist_ok=True)
         state, start = self._restore_or_init()
+        self.loader.set_order(self.regrouping.order(state), start)
         batches = device_prefetch(iter(self.loader), self.batch_sharding, config.data.prefetch)
         context = make_context(config, self.mesh, self.workdir)
         evaluators = make_evaluators(config, context)
@@ -145,6 +148,13 @@ class Trainer:
             evaluate(0)
         with Preemption() as preemption, self._transfer_guard(), contextlib.closing(batches):
             for step in range(start + 1, self.total_steps + 1):
+                epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
+                if step_of_epoch == 0 and self.regrouping.due(epoch):
+                    check_window()
+                    with batches.interrupted(), jax.transfer_guard("allow"):
+                        state, clusters = self.regrouping(state, epoch, context)
+                        self.loader.set_order(self.regrouping.order(state), step - 1)
+                    log.evaluation(step, clusters, phase="clusters")
                 batch = next(batches)
                 if compiled is None:
                     with self.clock.pause():
@@ -266,8 +276,7 @@ class Trainer:
         return compiled
 
     def _augment(self) -> Any:
-        pixels = self.config.data_preprocessor
-        pipeline = DevicePipeline(to_plain(self.config.data.train.device_pipeline), pixels.mean, pixels.std)
+        pipeline = DevicePipeline(to_plain(self.config.data.train.device_pipeline), **self.config.data_preprocessor)
         dtype = jnp.dtype(self.config.dtype)
 
         def augment(batch: Batch, rng: jax.Array) -> Batch:
@@ -314,8 +323,8 @@ class Trainer:
                 f"{config.accumulative_counts} (config.accumulative_counts)"
             )
 
-    def _check_class_count(self, method: nnx.Module) -> None:
-        classes = self.loader.num_classes
+    def _check_class_count(self, method: Any) -> None:
+        classes = self.loader.num_classes if method.has_logits else None  # else its classes are of its own making
         for _, node in nnx.iter_graph(method):
             own = getattr(node, "num_classes", None) if isinstance(node, ClsHead) else None
             if classes and own is not None and own < classes:

@@ -78,12 +78,15 @@ def fill_by_reference(module: nnx.Module, manifest: list, prefix: str = "", skip
             `BaseModule.derived` gives need not be named.
     """
     state = {}
-    shapes, derived = mmpretrain.shapes(module), mmpretrain.derived(module)
+    shapes, derived, aliases = mmpretrain.shapes(module), mmpretrain.derived(module), mmpretrain.aliases(module)
     for row in manifest:
         key, shape = row[0], tuple(row[1])
         fill = next(part for part in row[2:] if part not in ("float32", "int64", "bool", "int32"))
         name = key.removeprefix(prefix)
         if not key.startswith(prefix) or (skip and re.search(skip, key)):
+            continue
+        if name in aliases:
+            assert fill == f"alias:{prefix}{aliases[name]}"
             continue
         if name in derived:
             assert derived[name].shape == shape, f"{key}: {derived[name].shape} is not {shape}"

@@ -133,6 +133,76 @@ def test_a_function_of_the_base_rate_keeps_eta_min_for_multiplied_parameters():
     np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.05, -0.005], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["SGD", "LARS", "AdamW", "Lamb"])
+def test_a_parameter_that_begins_late_sleeps_and_then_starts_afresh(kind):
+    # As a parameter of PyTorch whose gradient is None: the other one is on its own, in clipping too.
+    options = dict(max_grad_norm=None) if kind == "Lamb" else dict(momentum=0.9) if kind in ("SGD", "LARS") else {}
+    cfg = dict(
+        optimizer=dict(type=kind, lr=0.1, weight_decay=0.1, **options),
+        paramwise_cfg=dict(custom_keys={"late": dict(begin=3)}),
+        clip_grad=dict(max_norm=0.5),
+    )
+    rng = np.random.default_rng(0)
+    start = {name: jnp.asarray(rng.standard_normal(3), jnp.float32) for name in ("soon", "late")}
+    grads = [{name: jnp.asarray(rng.standard_normal(3), jnp.float32) for name in start} for _ in range(6)]
+    # A schedule, so that the late one's first rate is the fourth of the table.
+    table = np.linspace(0.1, 0.02, 6)
+    optimizer = build_optimizer(cfg, table, start)
+    alone = build_optimizer(dict(cfg, paramwise_cfg=None), table, {"soon": start["soon"]})
+    state, state_alone = optimizer.init(start), alone.init({"soon": start["soon"]})
+    both, one = start, {"soon": start["soon"]}
+    step = jax.jit(optimizer.update)
+    for k in range(3):
+        updates, state = step(grads[k], state, both)
+        both = optax.apply_updates(both, updates)
+        updates, state_alone = alone.update({"soon": grads[k]["soon"]}, state_alone, one)
+        one = optax.apply_updates(one, updates)
+        np.testing.assert_array_equal(both["late"], start["late"])
+        np.testing.assert_allclose(both["soon"], one["soon"], rtol=1e-6)
+        for slot in set(state) - {"step"}:
+            np.testing.assert_array_equal(state[slot]["late"], 0)
+    # From here on it moves as one that begins now, at the rates that are left.
+    fresh = build_optimizer(dict(cfg, paramwise_cfg=None, clip_grad=None), table[3:], {"late": start["late"]})
+    plain = build_optimizer(dict(cfg, clip_grad=None), table, start)
+    new, late = fresh.init({"late": start["late"]}), {"late": start["late"]}
+    for k in range(3, 6):
+        updates, state = plain.update(grads[k], state, both)
+        both = optax.apply_updates(both, updates)
+        updates, new = fresh.update({"late": grads[k]["late"]}, new, late)
+        late = optax.apply_updates(late, updates)
+        assert not (np.asarray(both["late"]) == np.asarray(start["late"])).any()
+        np.testing.assert_allclose(both["late"], late["late"], rtol=1e-6)
+
+
+def test_a_fixed_rate_ignores_the_schedule():
+    params = {"predictor": jnp.zeros(1), "rest": jnp.zeros(1)}
+    keys = {"predictor": dict(fix_lr=True, lr_mult=2.0)}
+    optimizer = build_optimizer(
+        dict(optimizer=dict(type="SGD", lr=0.5), paramwise_cfg=dict(custom_keys=keys)),
+        np.array([0.5, 0.1, 0.0]),
+        params,
+    )
+    state, seen = optimizer.init(params), []
+    for _ in range(3):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        seen.append((-float(updates["predictor"][0]), -float(updates["rest"][0])))
+    np.testing.assert_allclose(seen, [(1.0, 0.5), (1.0, 0.1), (1.0, 0.0)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "LARS"])
+def test_momentum_of_its_own(kind):
+    params = {"head": jnp.ones(1), "rest": jnp.ones(1)}
+    keys = {"head": dict(momentum=0.0, lars_exclude=True), "rest": dict(lars_exclude=True)}
+    optimizer = build_optimizer(
+        dict(optimizer=dict(type=kind, lr=1.0, momentum=0.9), paramwise_cfg=dict(custom_keys=keys)), np.ones(3), params
+    )
+    state, seen = optimizer.init(params), []
+    for _ in range(3):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        seen.append((-float(updates["head"][0]), -float(updates["rest"][0])))
+    np.testing.assert_allclose(seen, [(1, 1), (1, 1.9), (1, 2.71)], rtol=1e-6)
+
+
 def test_weight_decay_can_be_scheduled():
     params = {"w": jnp.ones(1)}
     cfg = dict(optimizer=dict(type="AdamW", lr=1.0, weight_decay=0.1))
@@ -234,6 +304,11 @@ def test_config_dicts_and_scaled_rates():
         (dict(optimizer=dict(type="SGD"), clip_grad=dict(max_norm=1, norm_type=1)), "norm_type is 2"),
         (dict(optimizer=dict(type="SGD"), accumulative_counts=2), "set config.accumulative_counts"),
         (dict(optimizer=dict(type="SGD"), type="DeepSpeedOptimWrapper"), "optim_wrapper.type='DeepSpeedOptimWrapper'"),
+        (dict(optimizer=dict(type="SGD"), constructor="LearningRateDecay"), "Did you mean 'LearningRateDecayOptimWrap"),
+        (
+            dict(optimizer=dict(type="AdamW"), paramwise_cfg=dict(custom_keys={"w": dict(momentum=0.0)})),
+            "AdamW has none to replace",
+        ),
     ],
 )
 def test_mistakes_are_named(cfg, message):

@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpretrain.build import ConfigError, abstract
 from jaxpretrain.models.layers.norm import BatchNorm, LayerNorm
-from jaxpretrain.optim import param_groups
+from jaxpretrain.optim import ParamGroup, param_groups
+from jaxpretrain.optim.layer_decay import layer_numbers
 from tests.parity import GOLDEN, load_golden, our_name
 
 RECIPES = sorted(Path(file).name.removesuffix(".json.gz") for file in (GOLDEN / "param_groups").iterdir())
@@ -33,12 +34,16 @@ def tree(**shapes):
     return unflatten_dict(flat)
 
 
+def groups_of(params, **cfg):
+    return {"/".join(map(str, path)): group for path, group in flatten_dict(param_groups(params, cfg)).items()}
+
+
 def decays(params, **cfg):
-    return {"/".join(path): value for path, value in flatten_dict(param_groups(params, cfg).decay_mult).items()}
+    return {path: group.decay_mult for path, group in groups_of(params, **cfg).items()}
 
 
 def test_all_recipes_are_there():
-    assert len(RECIPES) == 7
+    assert len(RECIPES) == 48
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -50,33 +55,80 @@ def test_recipe(recipe, separator):
         cfg["custom_keys"] = {key.replace(".", separator): value for key, value in cfg["custom_keys"].items()}
     rows = {our_path(name, shape): (shape, *rest) for name, shape, *rest in golden["params"]}
     assert len(rows) == len(golden["params"])
-    groups = param_groups(
-        unflatten_dict({path: jax.ShapeDtypeStruct(row[0], jnp.float32) for path, row in rows.items()}, sep="/"), cfg
-    )
-    lr, decay, excluded = (
-        flatten_dict(part, sep="/") for part in (groups.lr_mult, groups.decay_mult, groups.lars_exclude)
-    )
-    checked = 0
+    shapes = {path: jax.ShapeDtypeStruct(row[0], jnp.float32) for path, row in rows.items()}
+    groups = groups_of(unflatten_dict(shapes, sep="/"), **cfg)
+    frozen = 0
     for path, (_, lr_mult, weight_decay, lars_exclude, flags) in rows.items():
         if "not_in_optimizer" in flags:  # frozen, so not among our trained parameters
+            frozen += 1
             continue
-        assert lr[path] == lr_mult, path
-        assert decay[path] * golden["optimizer"]["weight_decay"] == pytest.approx(weight_decay, rel=1e-9), path
-        assert excluded[path] is lars_exclude, path
-        checked += 1
-    assert checked > 60
+        group = groups[path]
+        assert group.lr_mult == pytest.approx(lr_mult, rel=1e-8), path
+        assert group.decay_mult * golden["optimizer"]["weight_decay"] == pytest.approx(weight_decay, rel=1e-9), path
+        assert group.lars_exclude is lars_exclude, path
+        assert group.fix_lr is ("fix_lr" in flags), path
+        assert group.begin == 0 and group.momentum is None
+    assert len(rows) - frozen > 30
+
+
+LAYER_WISE = [
+    recipe for recipe in RECIPES if "layer_decay_rate" in (load_golden(f"param_groups/{recipe}")["paramwise_cfg"] or {})
+]
+
+
+@pytest.mark.parametrize("recipe", LAYER_WISE)
+def test_layers_are_numbered_from_stem_to_head(recipe):
+    golden = load_golden(f"param_groups/{recipe}")
+    expected = {
+        our_path(name, shape): int(flags[0].removeprefix("layer="))
+        for name, shape, *_, flags in golden["params"]
+        if "not_in_optimizer" not in flags
+    }
+    for prefix in ("", "model/"):
+        numbers = layer_numbers(prefix + path for path in expected)
+        assert {path.removeprefix(prefix): layer for path, (layer, _) in numbers.items()} == expected
+        assert {count for _, count in numbers.values()} == {max(expected.values()) + 1}
+
+
+def test_layers_that_are_frozen_change_no_rate_of_the_others():
+    params = {"backbone": {"patch_embed": {"bias": jnp.ones(2)}, "layers": {i: {"w": jnp.ones(2)} for i in range(4)}}}
+    params["head"] = {"bias": jnp.ones(2)}
+    rates = lambda params: {k: g.lr_mult for k, g in groups_of(params, layer_decay_rate=0.5).items()}  # noqa: E731
+    whole = rates(params)
+    assert whole["backbone/patch_embed/bias"] == 0.5**5 and whole["backbone/layers/3/w"] == 0.5
+    del params["backbone"]["patch_embed"], params["backbone"]["layers"][0]
+    assert rates(params) == {path: rate for path, rate in whole.items() if "/0/" not in path and "patch" not in path}
+    del params["backbone"]
+    assert rates(params) == {"head/bias": 1.0}
+
+
+def test_layer_decay_comes_on_top_of_lr_mult_and_leaves_weight_decay_alone():
+    params = {"backbone": {"patch_embed": {"bias": jnp.ones(2)}, "layers": {0: {"w": jnp.ones(2)}}}}
+    keys = {"patch_embed": dict(lr_mult=0.2, decay_mult=0.0)}
+    groups = groups_of(params, layer_decay_rate=0.5, custom_keys=keys)
+    assert groups["backbone/patch_embed/bias"] == ParamGroup(lr_mult=0.2 * 0.25, decay_mult=0.0)
+    assert groups["backbone/layers/0/w"] == ParamGroup(lr_mult=0.5)
+
+
+def test_layers_that_are_not_known_are_an_error():
+    with pytest.raises(ConfigError, match=r"not known by their paths, such as 'backbone/features/0/kernel'; known are"):
+        param_groups(tree(backbone__features__0__kernel=(2, 2)), dict(layer_decay_rate=0.5))
+
+
+def test_options_of_a_key():
+    options = dict(begin=3, fix_lr=True, momentum=0.5)
+    groups = groups_of(tree(head__bias=(2,), fc__bias=(2,)), custom_keys={"head": options})
+    assert groups == {"head/bias": ParamGroup(**options), "fc/bias": ParamGroup()}
 
 
 def test_no_configuration_changes_nothing():
-    groups = param_groups(tree(a__kernel=(2, 3), a__bias=(3,)))
-    assert jax.tree.leaves((groups.lr_mult, groups.decay_mult)) == [1.0] * 4
-    assert jax.tree.leaves(groups.lars_exclude) == [False] * 2
+    assert jax.tree.leaves(param_groups(tree(a__kernel=(2, 3), a__bias=(3,)))) == [ParamGroup()] * 2
 
 
 def test_lists_have_integer_keys():
     params = {"layers": {i: {"ln": {"scale": jnp.ones(2)}} for i in range(11)}}
     groups = param_groups(params, dict(custom_keys={"layers.10.": dict(lr_mult=0.5)}))
-    assert [groups.lr_mult["layers"][i]["ln"]["scale"] for i in range(11)] == [1.0] * 10 + [0.5]
+    assert [groups["layers"][i]["ln"]["scale"].lr_mult for i in range(11)] == [1.0] * 10 + [0.5]
 
 
 def test_the_longest_key_wins_then_the_alphabet():
@@ -161,14 +213,14 @@ def test_leaves_tell_the_norms_of_real_models(cfg):
         for leaf in ("scale", "bias")
     }
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    found = flatten_dict(param_groups(params, dict(norm_decay_mult=0.0)).decay_mult)
-    assert {"/".join(map(str, path)) for path, value in found.items() if value == 0} == expected != set()
+    found = flatten_dict(param_groups(params, dict(norm_decay_mult=0.0)))
+    assert {"/".join(map(str, path)) for path, group in found.items() if group.decay_mult == 0} == expected != set()
 
 
 def test_bias_lr_mult_spares_norms():
     params = tree(ln__scale=(4,), ln__bias=(4,), fc__kernel=(4, 4), fc__bias=(4,))
-    lr = flatten_dict(param_groups(params, dict(bias_lr_mult=2.0)).lr_mult, sep="/")
-    assert {name for name, value in lr.items() if value == 2.0} == {"fc/bias"}
+    groups = groups_of(params, bias_lr_mult=2.0)
+    assert {name for name, group in groups.items() if group.lr_mult == 2.0} == {"fc/bias"}
 
 
 def test_keys_that_fit_nothing_are_logged(caplog):
@@ -187,6 +239,7 @@ def test_keys_that_fit_nothing_are_logged(caplog):
             dict(custom_keys={"ln": dict(decay=0)}),
             r"custom_keys\['ln'\] has no option 'decay'. Did you mean 'decay_mult'",
         ),
+        (dict(custom_keys={"ln": dict(begin=-1)}), r"custom_keys\['ln'\].begin=-1 must be at least 0"),
     ],
 )
 def test_mistakes_are_named(cfg, message):

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
-from jaxpretrain.config import load_config, to_plain
+from jaxpretrain.build import ConfigError, build
+from jaxpretrain.checkpoint import load_params
+from jaxpretrain.config import apply_overrides, load_config, to_plain
+from jaxpretrain.followers import ENCODER, MASKED_ENCODER, linear_probe
+from jaxpretrain.interop import starting_weights
 from jaxpretrain.models.layers import Frozen
+from jaxpretrain.recipes import DIGITS_MEAN_STD as GREY
+from jaxpretrain.recipes import digits
 from jaxpretrain.train_state import make_method
 from jaxpretrain.trainer import train
 from tests.test_config import ALL
@@ -39,13 +49,55 @@ def test_digits_recipe_takes_two_steps(file, name, tmp_path):
     assert len(values) == 2 and np.isfinite(values).all()
 
 
-def networks() -> list[tuple[str, str]]:
-    """One recipe for each different network, among them all in PARAMETERS."""
+def test_followers_say_that_the_encoder_is_not_named(tmp_path):
+    method = build(dict(type="SimCLR", backbone=dict(type="ResNet_CIFAR", depth=18), neck=None, head=None))
+    with pytest.raises(ConfigError, match="set --config.load_from.path to the workdir"):
+        starting_weights(method, ENCODER)
+
+
+def by_path(tree: dict) -> dict[str, np.ndarray]:
+    return {"/".join(map(str, path)): array for path, array in flatten_dict(tree).items()}
+
+
+@pytest.mark.slow
+def test_a_probe_starts_from_a_run_and_leaves_its_encoder_alone(tmp_path):
+    steps = {"max_steps": 2, "batch_size": 8, "evaluators": {}, "checkpoint.interval": 2, "checkpoint.by_epoch": False}
+    pretraining = load_config("configs/mae.py:digits", steps)
+    train(pretraining, tmp_path / "mae")
+    arch = to_plain(pretraining.method.backbone.arch)
+    model = dict(
+        backbone=dict(
+            type="VisionTransformer", arch=arch, img_size=32, patch_size=4, frozen_stages=3, out_type="cls_token"
+        ),
+        neck=dict(type="ClsBatchNormNeck", input_features=64),
+        head=dict(type="LinearClsHead", num_classes=10, in_channels=64),
+    )
+    data = digits([dict(type="RandomResizedCrop", scale=32)], [])
+    config = linear_probe(
+        model, dict(type="LARS", lr=0.1), 1, [], per_gpu=1, load_from=MASKED_ENCODER, data=data, data_preprocessor=GREY
+    )
+    apply_overrides(config, steps | {"load_from.path": str(tmp_path / "mae")})
+    train(config, tmp_path / "probe")
+
+    before, after = (load_params(tmp_path / run, "latest").state for run in ("mae", "probe"))
+    assert list(after["params"]["model"]) == ["head"]
+    known = by_path(before["params"]["backbone"]) | by_path(before["model_state"]["backbone"])
+    probed = by_path(after["model_state"]["model"]["backbone"])
+    assert set(known) == set(probed)
+    for path, array in probed.items():
+        np.testing.assert_array_equal(array, known[path], err_msg=path)
+
+
+def networks() -> list[Any]:
+    """One recipe for each different network, among them all in PARAMETERS; big classifiers are slow to build."""
     by_method = {}
     for file, name in sorted(ALL, key=lambda recipe: recipe[1] not in PARAMETERS):
         method = str(to_plain(load_config(f"configs/{file}:{name}").method))
         by_method.setdefault(method, (file, name))
-    return list(by_method.values())
+    return [
+        pytest.param(*recipe, marks=pytest.mark.slow if re.match("(vit|swin)-(large|huge)", recipe[1]) else ())
+        for recipe in by_method.values()
+    ]
 
 
 @pytest.mark.parametrize(("file", "name"), networks())

@@ -248,7 +248,8 @@ def counts(info: ModelInfo) -> tuple[int, int]:
     key = json.dumps(info.model, sort_keys=True)
     if key not in _counts:
         model = abstract(info.model)
-        _counts[key] = hub.num_parameters(model), len(hub.names(model)) + len(hub.derived(model))
+        names = len(hub.names(model)) + len(hub.derived(model)) + len(hub.aliases(model))
+        _counts[key] = hub.num_parameters(model), names
     return _counts[key]
 
 
@@ -257,7 +258,15 @@ def kind(name: str) -> str:
     return (model.get("backbone") or model)["type"]
 
 
-@pytest.mark.parametrize("name", ["resnet18_8xb16_cifar10", "vit-base-p16_mae-1600e-pre_8xb128-coslr-100e_in1k"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18_8xb16_cifar10",
+        "vit-base-p16_mae-1600e-pre_8xb128-coslr-100e_in1k",
+        "swav_resnet50_8xb32-mcrop-coslr-200e_in1k-224px-96px",
+        "resnet50_swav-pre_8xb32-linear-coslr-100e_in1k",
+    ],
+)
 def test_a_few_models_have_what_mmpretrains_have(name):
     info = model_info(name)
     assert counts(info) == (info.built["params"], info.built["keys"])

@@ -103,7 +103,7 @@ class Chunks:
 
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
-    """Epoch after epoch of permutations; host p has rows p*b..(p+1)*b of each global batch."""
+    """Epoch after epoch in its order, a permutation if there is none; host p has rows p*b..(p+1)*b of each global batch."""
 
     length: int
     seed: int
@@ -111,13 +111,14 @@ class TrainPlan:
     local: int
     process_index: int
     chunk: int
+    order: Order | None = None
 
     def __call__(self, number: int) -> list[tuple[int, int, int]]:
         step, part = divmod(number, -(-self.local // self.chunk))
         epoch, step = divmod(step, self.length // self.batch_size)
         rows = range(part * self.chunk, min((part + 1) * self.chunk, self.local))
         start = step * self.batch_size + self.process_index * self.local
-        order = permutation(self.seed, epoch, self.length)
+        order = epoch_order(self.order or permutation, self.seed, epoch, self.length)
         return [(row, epoch, int(order[start + row])) for row in rows]
 
 
@@ -138,21 +139,60 @@ class EvalPlan:
         return [(row, 0, int(self.indices[start + row])) for row in rows]
 
 
-_permutation_lock = threading.Lock()
+# (seed, epoch, length) -> the samples of an epoch, indices [length] in 0..length-1: a pure function, that can be hashed and
+# pickled.
+Order = Callable[[int, int, int], Int[np.ndarray, " n"]]
+
+_order_lock = threading.Lock()
 
 
-def permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
-    """The order of epoch `epoch`: a permutation of 0..length-1, int32 or int64."""
-    with _permutation_lock:  # threads that enter an epoch together compute it once
-        return _permutation(seed, epoch, length)
+def epoch_order(order: Order, seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
+    """`order(seed, epoch, length)`, read-only; kept for the next call."""
+    with _order_lock:  # threads that enter an epoch together compute it once
+        return _epoch_order(order, seed, epoch, length)
 
 
 @functools.lru_cache(maxsize=3)  # two epochs are in use around their border
-def _permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
+def _epoch_order(order: Order, seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
+    indices = order(seed, epoch, length)
+    indices.flags.writeable = False
+    return indices
+
+
+def permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
+    """Every sample once, int32 or int64."""
     order = np.arange(length, dtype=np.int32 if length < 2**31 else np.int64)
     generator(ORDER, seed, epoch, 0).shuffle(order)
-    order.flags.writeable = False
     return order
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplacementOrder:
+    """Every sample is drawn from all of them."""
+
+    def __call__(self, seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
+        return generator(ORDER, seed, epoch, 0).integers(length, size=length, dtype=np.int64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UniformOrder:
+    """Every cluster as often as every other: its samples once at most where it has enough of them, else with repetition
+    (DeepCluster, section 3.3).
+
+    Args:
+        labels: the cluster of each sample.
+    """
+
+    labels: Int[np.ndarray, " n"]
+
+    def __call__(self, seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
+        rng = generator(ORDER, seed, epoch, 0)
+        by_cluster = np.argsort(self.labels, kind="stable")
+        members = np.split(by_cluster, np.flatnonzero(np.diff(self.labels[by_cluster])) + 1)
+        share = -(-length // len(members))
+        drawn = np.concatenate([rng.choice(m, share, replace=len(m) < share) for m in members])
+        rng.shuffle(drawn)
+        return drawn[:length]
 
 
 def generator(purpose: int, seed: int, epoch: int, index: int) -> np.random.Generator:

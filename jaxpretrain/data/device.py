@@ -408,9 +408,21 @@ class MultiView:
         self.views = [chain for chain, count in zip(built, counts, strict=True) for _ in range(count)]
 
 
+class Pictures(MultiView):
+    """Says that the views are pictures of one crop (BEiT): everything random happens to all of them alike.
+
+    Args:
+        transforms: one list, for all pictures.
+        num_pictures: how many there are.
+    """
+
+    def __init__(self, transforms: Sequence[Any], num_pictures: int = 2):
+        super().__init__([transforms], num_pictures)
+
+
 TRANSFORMS: dict[str, type] = {
     cls.__name__: cls
-    for cls in (RandomFlip, ColorJitter, RandomGrayscale, GaussianBlur, Solarize, RandomApply, MultiView)
+    for cls in (RandomFlip, ColorJitter, RandomGrayscale, GaussianBlur, Solarize, RandomApply, MultiView, Pictures)
 }
 _IGNORED = ("PackInputs",)  # ends every pipeline of MMPretrain; batches need no packing here
 
@@ -484,7 +496,7 @@ class DevicePipeline:
             batch: `image` [B, H, W, 3], uint8 or float in 0..255, RGB, or a tuple of such views; and, unless the
                 pipeline is empty, `epoch` and `index`, int32 [B].
             seed_key: key of the run's seed. A sample's key is fold_in(fold_in(seed_key, epoch), index), and the key of
-                its view v is fold_in(that, v). Not needed if the pipeline is empty.
+                its view v is fold_in(that, v), or fold_in(that, 0) with `Pictures`. Not needed if the pipeline is empty.
         """
         images = batch["image"]
         single = not isinstance(images, tuple | list)
@@ -494,11 +506,12 @@ class DevicePipeline:
             if seed_key is None:
                 raise TypeError("DevicePipeline: a pipeline with transforms needs seed_key")
             keys = jax.vmap(partial(sample_key, seed_key))(batch["epoch"], batch["index"])
+        alike = any(isinstance(transform, Pictures) for transform in self.transforms)
         done = []
         for v, (view, chain) in enumerate(zip(views, chains, strict=True)):
             view = view.astype(jnp.float32)
             if chain:
-                view_keys = jax.vmap(random.fold_in, in_axes=(0, None))(keys, v)
+                view_keys = jax.vmap(random.fold_in, in_axes=(0, None))(keys, 0 if alike else v)
                 view = jax.vmap(partial(_apply_all, chain))(view, view_keys)
             mean, std = self.mean_std[v == 1]
             done.append((view - mean) / std)

@@ -9,6 +9,7 @@ With worker processes a script needs the usual `if __name__ == "__main__":` guar
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import logging
 import multiprocessing.util
 import os
@@ -23,7 +24,7 @@ import numpy as np
 
 from jaxpretrain.build import ConfigError, build
 from jaxpretrain.cli import ExpectedFailure
-from jaxpretrain.data.chunks import CHUNK, SUBSTITUTES, Chunks, EvalPlan, Reader, Rows, TrainPlan, refuse_shapes
+from jaxpretrain.data.chunks import CHUNK, SUBSTITUTES, Chunks, EvalPlan, Order, Reader, Rows, TrainPlan, refuse_shapes
 from jaxpretrain.data.decode import BadImage
 from jaxpretrain.data.transforms import build_pipeline
 
@@ -75,7 +76,7 @@ class _Loader:
         self.example = self._find_example()
         in_memory = getattr(self.source, "in_memory", False)
         self._num_workers = 0 if in_memory else num_workers
-        if in_memory and sum(view.nbytes for view in _views(self.example)) < SMALL:
+        if in_memory and _nbytes(self.example) < SMALL:
             num_threads = min(1, num_threads)
         self._num_threads, self._prefetch = num_threads, max(1, prefetch)
         self._chunk = min(CHUNK, self.local_batch_size)
@@ -110,7 +111,7 @@ class _Loader:
         """Warns where /dev/shm is too small for the chunks on their way: the run would die of SIGBUS, without a word."""
         if not os.path.isdir("/dev/shm"):
             return
-        needed = chunks * self._chunk * sum(view.nbytes for view in _views(self.example))
+        needed = chunks * self._chunk * _nbytes(self.example)
         free = shutil.disk_usage("/dev/shm").free
         if needed > free:
             logger.warning(
@@ -129,7 +130,8 @@ class _Loader:
         size = self.local_batch_size
         columns = {name: np.full(size, -1, np.int32) for name in ("label", "index", "epoch")}
         valid = np.zeros(size, bool)
-        images = _map(lambda view: np.zeros((size, *view.shape), view.dtype), self.example)
+        zeros = lambda view: np.zeros((size, *view.shape), view.dtype)  # noqa: E731
+        arrays = {name: _map(zeros, one) for name, one in self.example.items()}
         for _ in range(self._chunks_per_batch):
             chunk = next(chunks)
             rows: Rows = chunk["rows"]
@@ -140,14 +142,15 @@ class _Loader:
                 continue
             first, last = rows.row[0], rows.row[-1]
             where = slice(first, last + 1) if last - first + 1 == len(rows.row) else rows.row  # a slice is faster
-            _put(images, where, chunk["image"])
+            for name, array in arrays.items():
+                _put(array, where, chunk["arrays"][name])
             valid[where] = True
             for name, column in columns.items():
                 column[where] = getattr(rows, name)
-        return {"image": images, **columns, "valid": valid}
+        return {**arrays, **columns, "valid": valid}
 
     def _find_example(self) -> Any:
-        """The image or views of one sample: the shapes of all, and a first test of the pipeline."""
+        """The arrays of one sample: the shapes of all, and a first test of the pipeline."""
         if not self.length:
             raise ConfigError(f"the data set {self.source!r} is empty")
         last = ""
@@ -157,7 +160,7 @@ class _Loader:
             except BadImage as reason:
                 last = f"{self._name(candidate)}: {reason}"
                 continue
-            for view in _views(example):
+            for view in _views(example["image"]):
                 if not (isinstance(view, np.ndarray) and view.dtype == np.uint8 and view.ndim == 3):
                     kind = getattr(view, "dtype", type(view).__name__)
                     raise ConfigError(
@@ -250,8 +253,8 @@ class TrainLoader(_Loader):
                 "--config.batch_size"
             )
         self.steps_per_epoch: int = self.length // batch_size
-        plan = TrainPlan(self.length, self.seed, batch_size, self.local_batch_size, process_index, self._chunk)
-        self._chunks = Chunks(self._reader, plan, replace=True)
+        self._plan = TrainPlan(self.length, self.seed, batch_size, self.local_batch_size, process_index, self._chunk)
+        self._chunks = Chunks(self._reader, self._plan, replace=True)
         self._step = 0  # number of the next batch
 
     def __iter__(self) -> TrainLoader:
@@ -272,6 +275,15 @@ class TrainLoader(_Loader):
             )
         self._step += 1
         return batch
+
+    def set_order(self, order: Order | None, step: int) -> None:
+        """Goes on after `step` batches, with epochs in another order; None: each sample once, at random.
+
+        The order is no part of the state: whoever restores that, sets it again.
+        """
+        self.close()
+        self._chunks = Chunks(self._reader, dataclasses.replace(self._plan, order=order), replace=True)
+        self._step = step
 
     def get_state(self, step: int) -> dict[str, Any]:
         """The state after `step` batches, for JSON. The loader itself may be ahead, by what is prefetched."""
@@ -399,6 +411,10 @@ def _parse_flags() -> None:
 
 def _map(function: Callable[[np.ndarray], Any], image: Any) -> Any:
     return tuple(function(view) for view in image) if isinstance(image, tuple) else function(image)
+
+
+def _nbytes(arrays: dict[str, Any]) -> int:
+    return sum(view.nbytes for array in arrays.values() for view in _views(array))
 
 
 def _views(image: Any) -> tuple[np.ndarray, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
 import time
@@ -24,6 +25,11 @@ class DevicePrefetch:
 
     def __init__(self, iterator: Iterator[Any], sharding: Callable[[np.ndarray], jax.sharding.Sharding], size: int):
         self.wait_seconds = 0.0
+        self._source = (iterator, sharding, size)
+        self._start()
+
+    def _start(self) -> None:
+        iterator, sharding, size = self._source
         self._line = _Line(size)
         self._failure: BaseException | None = None
         # The thread holds the line, not this object: forgotten without `close`, it ends all the same.
@@ -55,6 +61,13 @@ class DevicePrefetch:
     def close(self) -> None:
         """Stops the thread and drops what it has prepared. The iterator stays open, and nothing uses it any more."""
         self._stop()
+
+    @contextlib.contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Inside, nothing uses the iterator, so that it may be changed; what was prepared is dropped."""
+        self.close()
+        yield
+        self._start()
 
     def __enter__(self) -> DevicePrefetch:
         return self

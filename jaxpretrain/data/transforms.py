@@ -16,28 +16,20 @@ from typing import Any
 import numpy as np
 
 from jaxpretrain.build import ConfigError, build, names, nearest
-from jaxpretrain.data.image_ops import Box, Image, check_filter, crop, pad, resize
+from jaxpretrain.data.auto_augment import AutoAugment, RandAugment
+from jaxpretrain.data.base import Sample, Transform
+from jaxpretrain.data.image_ops import PILLOW_FILTERS, Box, Image, check_filter, crop, pad, resize
+from jaxpretrain.data.mask_transforms import (
+    BEiTMaskGenerator,
+    Pictures,
+    RandomResizedCropAndInterpolationWithTwoPic,
+    SimMIMMaskGenerator,
+)
+from jaxpretrain.data.pretext_transforms import RandomPatchWithLabels, RotationWithLabels
+from jaxpretrain.data.random_erasing import RandomErasing
+from jaxpretrain.data.random_rotation import RandomRotation
 
-Sample = dict[str, Any]
 Step = Callable[[Sample, np.random.Generator], Sample]
-
-
-class Transform:
-    """Base of the transforms: draws, then applies. Of several views, each gets its own draw."""
-
-    def draw(self, rng: np.random.Generator, height: int, width: int) -> Any:
-        """Parameters for an image of this size; None where nothing is random."""
-        return None
-
-    def apply(self, image: Image, parameters: Any) -> Image:
-        raise NotImplementedError
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        image = sample["image"]
-        if isinstance(image, tuple):
-            views = tuple(self.apply(view, self.draw(rng, *view.shape[:2])) for view in image)
-            return {**sample, "image": views}
-        return {**sample, "image": self.apply(image, self.draw(rng, *image.shape[:2]))}
 
 
 class LoadImageFromFile(Transform):
@@ -65,9 +57,9 @@ class PackInputs(Transform):
     """Accepted so that MMPretrain's pipelines read unchanged: the loader packs batches."""
 
     def __init__(self, input_key: str = "img", algorithm_keys: Sequence[str] = (), meta_keys: Sequence[str] = ()):
-        if algorithm_keys:
+        if set(algorithm_keys) - {"mask"}:
             raise ConfigError(
-                f"PackInputs: algorithm_keys={list(algorithm_keys)}: batches hold image, label, index and epoch alone"
+                f"PackInputs: algorithm_keys={list(algorithm_keys)}: batches hold image, mask, label, index and epoch alone"
             )
 
     def apply(self, image: Image, parameters: Any) -> Image:
@@ -119,6 +111,38 @@ class RandomResizedCrop(Transform):
 
     def apply(self, image: Image, box: Box) -> Image:
         return resize(crop(image, box), self.scale, self.backend, self.interpolation)
+
+
+class MAERandomResizedCrop(RandomResizedCrop):
+    """RandomResizedCrop drawn once: edges longer than the image's are cut to those (BYOL's and MAE's linear probes).
+
+    Args:
+        size: edge length or (width, height).
+        scale: range of area.
+        ratio: range of width / height.
+        interpolation: Pillow's name, or its number: 2 is bilinear, 3 bicubic.
+        antialias: accepted; Pillow always does.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        interpolation: str | int = "bilinear",
+        antialias: bool | None = True,
+    ):
+        if isinstance(interpolation, int):
+            interpolation = {number: name for name, number in PILLOW_FILTERS.items()}.get(interpolation, "?")
+        super().__init__(size, scale, ratio, interpolation=interpolation, backend="pillow")
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Box:
+        area = height * width * rng.uniform(self.crop_ratio_range[0], self.crop_ratio_range[1])
+        narrowest, widest = self.aspect_ratio_range
+        aspect = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
+        w = min(max(1, round(math.sqrt(area * aspect))), width)
+        h = min(max(1, round(math.sqrt(area / aspect))), height)
+        return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
 
 
 class Resize(Transform):
@@ -284,10 +308,11 @@ class RandomCrop(Transform):
         left, top, right, bottom = sides * 2 if len(sides) == 2 else sides
         self.padding = (top, bottom, left, right)
         self.pad_if_needed, self.pad_val, self.padding_mode = pad_if_needed, pad_val, padding_mode
+        self.border_mode = "constant"
 
     def pad(self, image: Image) -> Image:
         """The image that is cropped."""
-        image = pad(image, self.padding, self.pad_val)
+        image = pad(image, self.padding, self.pad_val, self.border_mode)
         y, x = (max(0, -(-(want - have) // 2)) for want, have in zip(self.crop_size, image.shape[:2], strict=True))
         if (y or x) and not self.pad_if_needed:
             raise ConfigError(
@@ -310,8 +335,28 @@ class RandomCrop(Transform):
         return super().__call__({**sample, "image": padded}, rng)
 
 
+class TorchvisionRandomCrop(RandomCrop):
+    """torchvision's RandomCrop, `torchvision/RandomCrop` in pipelines: `padding_mode` counts for `padding` too.
+
+    Args:
+        size: edge length or (height, width).
+        padding, pad_if_needed, fill, padding_mode: as RandomCrop's, with `fill` for pad_val.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        padding: int | Sequence[int] | None = None,
+        pad_if_needed: bool = False,
+        fill: int | Sequence[int] = 0,
+        padding_mode: str = "constant",
+    ):
+        super().__init__(size, padding, pad_if_needed, fill, padding_mode)
+        self.border_mode = padding_mode
+
+
 class RandomFlip(Transform):
-    """Mirrors the image at random.
+    """Mirrors the image at random; the pictures of one crop (RandomResizedCropAndInterpolationWithTwoPic) alike.
 
     Args:
         prob: probability of a flip, shared evenly among the directions; or one probability for each direction.
@@ -347,6 +392,13 @@ class RandomFlip(Transform):
         if direction in ("vertical", "diagonal"):
             image = image[::-1]
         return image[:, ::-1] if direction in ("horizontal", "diagonal") else image
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        pictures = sample["image"]
+        if not isinstance(pictures, Pictures):
+            return super().__call__(sample, rng)
+        direction = self.draw(rng, *pictures[0].shape[:2])
+        return {**sample, "image": Pictures(self.apply(picture, direction) for picture in pictures)}
 
 
 class MultiView:
@@ -402,18 +454,29 @@ class _Plain:
 TRANSFORMS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
+        AutoAugment,
+        BEiTMaskGenerator,
         CenterCrop,
         EfficientNetCenterCrop,
         LoadImageFromFile,
+        MAERandomResizedCrop,
         MultiView,
         PackInputs,
+        RandAugment,
         RandomCrop,
+        RandomErasing,
         RandomFlip,
+        RandomPatchWithLabels,
         RandomResizedCrop,
+        RandomResizedCropAndInterpolationWithTwoPic,
+        RandomRotation,
         Resize,
         ResizeEdge,
+        RotationWithLabels,
+        SimMIMMaskGenerator,
     )
 }
+TRANSFORMS["torchvision/RandomCrop"] = TorchvisionRandomCrop
 
 
 def build_pipeline(steps: Sequence[Any]) -> Pipeline:
@@ -436,7 +499,7 @@ def _build_step(step: Any) -> Step:
             step["type"] = TRANSFORMS[kind]
         elif isinstance(kind, str) and kind not in names() and "." not in kind:
             raise ConfigError(
-                f"No host transform {kind!r}.{nearest(kind, TRANSFORMS)} Colour, blur, erasing and mixing run on the "
+                f"No host transform {kind!r}.{nearest(kind, TRANSFORMS)} Colour, blur and mixing run on the "
                 "device: they belong in `device_pipeline`"
             )
         step = build(step)

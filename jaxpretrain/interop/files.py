@@ -17,7 +17,7 @@ from jaxpretrain.interop.rules import InteropError, State
 # Where training scripts keep the weights inside their checkpoints, in the order of preference.
 KEYS = (
     *("state_dict", "model", "teacher", "model_state_dict", "model_state", "module", "net", "params"),
-    *("state_dict_ema", "model_ema", "ema_state_dict", "student"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "student", "target_encoder"),
 )
 
 # What MMEngine's and the papers' scripts put beside the weights. None of it is needed, so it is read as a placeholder that
@@ -49,7 +49,8 @@ def read(path: str | os.PathLike, key: str | None = None) -> State:
     Args:
         path: a .safetensors file, or what `torch.save` or `torch.jit.save` wrote.
         key: where the weights are inside a checkpoint, with dots: 'teacher', 'ema_state_dict'. By default the first of
-            `KEYS` that is there.
+            `KEYS` that is there. '*' takes all state dicts in it, their names before those of the tensors:
+            'student.module.backbone.cls_token'.
 
     Raises:
         InteropError: not such a file, damaged, unsafe, or without weights.
@@ -174,6 +175,10 @@ def _weights(checkpoint: Any, key: str | None, path: Path) -> Mapping[str, Any]:
     def holds_tensors(value: Any) -> bool:
         return isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
 
+    if key == "*" and isinstance(checkpoint, Mapping):
+        parts = {name: value for name, value in checkpoint.items() if holds_tensors(value)}
+        checkpoint = {f"{name}.{inner}": v for name, value in parts.items() for inner, v in value.items()}
+        key = None
     found = checkpoint
     for part in key.split(".") if key else ():
         if not isinstance(found, Mapping) or part not in found:

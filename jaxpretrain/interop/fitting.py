@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from flax import nnx
 
 from jaxpretrain.build import nearest
 from jaxpretrain.interop import mmpretrain as hub
-from jaxpretrain.interop.rules import InteropError, Rule, State, Table, describe_leftovers, translate
+from jaxpretrain.interop.rules import InteropError, Rule, State, Table, Translation, describe_leftovers, translate
 from jaxpretrain.models.layers.base import BaseModule
 
 logger = logging.getLogger("jaxpretrain")
@@ -24,7 +25,22 @@ LAYOUTS = {
     "torchvision": "jaxpretrain.interop.torchvision",
     "hf": "jaxpretrain.interop.huggingface",
     **dict.fromkeys(
-        ("deit", "dino", "dinov2", "mae", "moco", "mocov3", "beit", "eva", "clip", "sam", "swin"),
+        (
+            "deit",
+            "dino",
+            "ibot",
+            "dinov2",
+            "vicreg",
+            "mae",
+            "moco",
+            "mocov3",
+            "beit",
+            "eva",
+            "clip",
+            "ijepa",
+            "sam",
+            "swin",
+        ),
         "jaxpretrain.interop.originals",
     ),
 }
@@ -59,7 +75,7 @@ class Report:
 def tables(layout: str, model: nnx.Module) -> Table | None:
     """The table of a layout for a model; None if the layout knows no such model."""
     if layout == "mmpretrain":
-        return _MMPRETRAIN
+        return replace(_MMPRETRAIN, absent=[f"^{re.escape(name)}$" for name in hub.local(model)])
     backbone = getattr(model, "backbone", model)
     known: Mapping[str, Callable] = importlib.import_module(LAYOUTS[layout]).TABLES[layout]
     for kind in (*type(model).__mro__, *type(backbone).__mro__):
@@ -181,6 +197,8 @@ def _fit(
     if layout == "mmpretrain" and not any(name.startswith("backbone.") for name in state):
         state = with_root(state, model)
     result = translate(state, table)
+    _merge_aliases(model, result)
+    _share_out(result.state, shapes)
     if part is not None:
         shapes = {name: size for name, size in shapes.items() if name.startswith(f"{part}.")}
         result.state = {name: array for name, array in result.state.items() if name.startswith(f"{part}.")}
@@ -200,6 +218,28 @@ def _fit(
     fit = Fit(layout, kept, shapes, derived, unused, result.ignored, result.incomplete, reinit)
     _adapt(model, fit)
     return fit
+
+
+def _merge_aliases(model: nnx.Module, result: Translation) -> None:
+    """Leaves one of two names of the same array (see `BaseModule.aliases`)."""
+    root = "" if hasattr(model, "backbone") else "backbone."
+    for pair in hub.aliases(model).items():
+        other, name = (root + part for part in pair)
+        if (array := result.state.pop(other, None)) is None:
+            continue
+        result.origins.setdefault(name, result.origins[other])
+        if not np.array_equal(result.state.setdefault(name, array), array):
+            result.incomplete.append(f"{other} and {name} are one array in the model, but differ")
+
+
+def _share_out(state: State, shapes: Mapping[str, Any]) -> None:
+    """Gives each layer the biases for relative positions that all shared: so BEiT is pre-trained, and so fine-tuned."""
+    name = "relative_position_bias_table"
+    own = [other for other in shapes if re.fullmatch(rf"backbone\.layers\.\d+\.attn\.{name}", other)]
+    if own and f"backbone.rel_pos_bias.{name}" not in shapes and not any(other in state for other in own):
+        table = state.pop(f"backbone.rel_pos_bias.{name}", None)
+        if table is not None:
+            state.update(dict.fromkeys(own, table))
 
 
 def _adapt(model: nnx.Module, fit: Fit) -> None:

@@ -7,7 +7,7 @@ Our modules have MMPretrain's attribute names, so this needs no table: layers sa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,13 +36,38 @@ def _rename(module: Any, part: Any) -> Any:
 
 def derived(model: nnx.Module) -> dict[str, np.ndarray]:
     """The arrays in MMPretrain's state dict that follow from the arguments (see `BaseModule.derived`), by name."""
-    modules = dict(nnx.iter_modules(model))
     found: dict[str, np.ndarray] = {}
+    for prefix, module in _modules(model):
+        found |= {prefix + name: array for name, array in module.derived().items()}
+    return found
+
+
+def aliases(model: nnx.Module) -> dict[str, str]:
+    """MMPretrain's second name -> name, of every array that its state dict holds twice (see `BaseModule.aliases`)."""
+    known = names(model)
+    return {
+        prefix + other + name.removeprefix(prefix + part): name
+        for prefix, module in _modules(model)
+        for other, part in module.aliases.items()
+        for name in known
+        if name.startswith(f"{prefix}{part}.")
+    }
+
+
+def local(model: nnx.Module) -> list[str]:
+    """The names of state that MMPretrain's state dict has not (see `BaseModule.local_state`)."""
+    known = names(model)
+    return [
+        prefix + name for prefix, module in _modules(model) for name in module.local_state if prefix + name in known
+    ]
+
+
+def _modules(model: nnx.Module) -> Iterator[tuple[str, BaseModule]]:
+    """(beginning of the names of its arrays, module)."""
+    modules = dict(nnx.iter_modules(model))
     for path, module in modules.items():
         if isinstance(module, BaseModule):
-            prefix = ".".join(str(_rename(modules.get(path[:i]), part)) for i, part in enumerate(path))
-            found |= {f"{prefix}.{name}" if prefix else name: array for name, array in module.derived().items()}
-    return found
+            yield "".join(f"{_rename(modules.get(path[:i]), part)}." for i, part in enumerate(path)), module
 
 
 def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -56,15 +81,17 @@ def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
 
 def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     """The model's weights by MMPretrain's names and in PyTorch's axes; views where possible. Counters are int64."""
-    variables = dict(nnx.state(model).flat_state())
-    state = {name: to_torch(path, variables[path].get_value()) for name, path in names(model).items()}
-    return state | derived(model)
+    variables, ours = dict(nnx.state(model).flat_state()), local(model)
+    state = {
+        name: to_torch(path, variables[path].get_value()) for name, path in names(model).items() if name not in ours
+    }
+    return state | derived(model) | {other: state[name] for other, name in aliases(model).items()}
 
 
 def from_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> dict[Path, np.ndarray]:
     """The arrays of `state`, whose names and shapes are the model's, by path, in our axes; views of them."""
-    paths = names(model)
-    return {paths[name]: from_torch(paths[name], array) for name, array in state.items()}
+    paths, skip = names(model), aliases(model)
+    return {paths[name]: from_torch(paths[name], array) for name, array in state.items() if name not in skip}
 
 
 def fill(model: nnx.Module, arrays: Mapping[Path, np.ndarray]) -> None:

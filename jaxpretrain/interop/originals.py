@@ -5,6 +5,8 @@ Names do not tell all settings, and the releases' are not always our defaults. F
     deit (DeiT III)     ffn_norm='ln2'
     dinov2              layer_scale_init_value=1e-5, img_size=518, patch_size=14; the giant also
                         layer_cfgs=dict(ffn_type='swiglu_fused'), those with registers num_registers=4
+    ibot                for training `IBOTNeck(shared_head=...)` as in the run; the published ones share it
+    ijepa               with_cls_token=False, out_type='raw'
     mae, fine-tuned     out_type='avg_featmap', final_norm=False
     beit, eva           out_type='avg_featmap' for classifiers; final_norm=True for what is only pre-trained
     eva (EVA-01)        layer_scale_init_value=0.0, use_abs_pos_emb=True, use_rel_pos_bias=False; the large ones also
@@ -13,6 +15,9 @@ Names do not tell all settings, and the releases' are not always our defaults. F
     clip                pre_norm=True, norm_cfg=dict(type='LN', eps=1e-5), and for OpenAI's weights
                         layer_cfgs=dict(act_cfg=dict(type='QuickGELU')): they were trained with x * sigmoid(1.702 x).
                         OpenCLIP's were too if their name ends in -quickgelu; the others with GELU.
+
+Training checkpoints of DINO and iBOT hold student, teacher and centres apart: key='*' reads them all, and training goes on from
+there. Without it only the teacher is read, and both networks start from it. I-JEPA's hold both encoders and the predictor.
 """
 
 from __future__ import annotations
@@ -110,6 +115,144 @@ def dinov2(backbone: Any, model: Any) -> Table:
     return Table(rules, ignore=[r"^mask_token$", r"^(dino|ibot)_head\."], prefixes=("module.", "backbone."))
 
 
+def ibot(backbone: Any, model: Any) -> Table:
+    """iBOT: `VisionTransformer` and `IBOTViT`; the projection heads are left out."""
+    keeps = getattr(backbone, "mask_token", None) is not None
+    ignore = [r"^head\."] if keeps else [r"^head\.", r"^masked_embed$"]
+    rules = [*_vit(), Rule("masked_embed", "backbone.mask_token")]
+    return Table(rules, ignore=ignore, prefixes=("module.", "backbone."), absent=[r"^backbone\.mask_token$"])
+
+
+Network = Callable[[str, str, str], list[Rule]]
+
+
+def _student_and_teacher(network: Network, student: str, centres: Sequence[tuple[str, str]]) -> Table:
+    """The table of a training checkpoint.
+
+    Args:
+        network: (beginning of the release's names, of our backbone's, of our neck's) -> rules of one network.
+        student: what the student's names begin with.
+        centres: the release's names of the centres, and ours.
+    """
+    teacher = ("momentum_encoder.module.0.", "momentum_encoder.module.1.")
+    rules = [*network(student, "backbone.", "neck."), *network("teacher.", *teacher)]
+    rules = also_named(rules, [("student.module.", "student."), ("teacher.", "teacher.module.")])
+    rules += [Rule(theirs, ours) for theirs, ours in centres]
+    # A teacher alone: the student starts from it too.
+    pairs = zip(network("", "backbone.", "neck."), network("", *teacher), strict=True)
+    rules += [Rule(one.theirs, (*_names(one.ours), *_names(other.ours)), _twice(one.transform)) for one, other in pairs]
+    absent = [r"^momentum_encoder\.steps$", r"^head\.center2?$"]
+    return Table(rules, prefixes=("module.",), absent=absent)
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _twice(transform: Transform) -> Transform:
+    def back(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return transform.inverse(arrays[: len(arrays) // 2])
+
+    return Transform(lambda xs: [*transform.forward(xs), *transform.forward(xs)], back)
+
+
+def _projector(theirs: str, ours: str) -> list[Rule]:
+    """DINO's projection head. Of one layer alone, the release does not count it."""
+    names = ("mlp.{k}.{bn}", "mlp.{p}", "last_layer.weight_g", "last_layer.weight_v")
+    return [Rule(theirs + name, ours + name) for name in names]
+
+
+def dino_training(backbone: Any, model: Any) -> Table:
+    """`DINO`: student, teacher and centre (key='*'), or a teacher for both."""
+    encoder = _encoder(backbone)
+
+    def network(theirs: str, backbone: str, neck: str) -> list[Rule]:
+        return [*encoder(theirs + "backbone.", backbone), *_projector(theirs + "head.", neck)]
+
+    return _student_and_teacher(network, "student.module.", [("dino_loss.center", "head.center")])
+
+
+def _equal(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    if not np.array_equal(arrays[0], arrays[1]):
+        raise InteropError("class tokens and patches have heads of their own: build with IBOTNeck(shared_head=False)")
+    return [arrays[0]]
+
+
+def ibot_training(backbone: Any, model: Any) -> Table:
+    """`IBOT`: student, teacher and both centres (key='*'), or a teacher for both. A shared head is in the file twice."""
+    shared = model.neck.last_layer2 is None
+    both = Transform(_equal, lambda xs: [xs[0], xs[0]])
+
+    def network(theirs: str, backbone: str, neck: str) -> list[Rule]:
+        rules = [*_vit(theirs + "backbone.", backbone), Rule(theirs + "backbone.masked_embed", backbone + "mask_token")]
+        rules.append(Rule(theirs + "head.mlp.{k}.{bn}", neck + "mlp.{k}.{bn}"))
+        for part in ("weight_g", "weight_v"):
+            one, two = (f"{theirs}head.{layer}.{part}" for layer in ("last_layer", "last_layer2"))
+            if shared:
+                rules.append(Rule((one, two), f"{neck}last_layer.{part}", both))
+            else:
+                rules += [Rule(one, f"{neck}last_layer.{part}"), Rule(two, f"{neck}last_layer2.{part}")]
+        return rules
+
+    centres = [("ibot_loss.center", "head.center"), ("ibot_loss.center2", "head.center2")]
+    return _student_and_teacher(network, "student.module.", centres)
+
+
+def dinov2_training(backbone: Any, model: Any) -> Table:
+    """`DINOv2`: student, teacher and centres, or a teacher (`teacher_checkpoint.pth`) for both."""
+    body = [rule for rule in dinov2(backbone, model).rules if "{k}" not in rule.theirs]
+
+    def network(theirs: str, backbone: str, neck: str) -> list[Rule]:
+        rules = [
+            *(_moved(rule, theirs + "backbone.", backbone) for rule in body),
+            Rule(theirs + "backbone.mask_token", backbone + "mask_token"),
+        ]
+        rules = also_named(rules, [("blocks.{i}.", "blocks.{k}.{i}.")])
+        return [*rules, *(r for name in ("dino_head.", "ibot_head.") for r in _projector(theirs + name, neck + name))]
+
+    centres = [("dino_loss.center", "head.center"), ("ibot_patch_loss.center", "head.center2")]
+    return _student_and_teacher(network, "student.", centres)
+
+
+def _moved(rule: Rule, theirs: str, ours: str) -> Rule:
+    """The rule of a backbone for one inside a larger model."""
+    assert isinstance(rule.theirs, str) and isinstance(rule.ours, str)
+    return Rule(theirs + rule.theirs, ours + rule.ours.removeprefix("backbone."), rule.transform)
+
+
+def vicreg_encoder(backbone: Any, model: Any) -> Table:
+    """VICReg: the encoder, from its own file or one of training; the expander is left out."""
+    return Table(_resnet(), ignore=[r"^module\.projector\."], prefixes=("module.backbone.",))
+
+
+def vicreg(backbone: Any, model: Any) -> Table:
+    """`VICReg`, with the expander."""
+    ours = "neck"
+    layers = range(model.neck.num_layers)
+    rules = [*_resnet("module.backbone.")]
+    rules += [Rule(f"module.projector.{3 * i}.{{p}}", f"{ours}.fc{i}.{{p}}") for i in layers]
+    rules += [Rule(f"module.projector.{3 * i + 1}.{{bn}}", f"{ours}.bn{i}.{{bn}}") for i in layers]
+    return Table(rules)
+
+
+def ijepa_encoder(backbone: Any, model: Any) -> Table:
+    """I-JEPA: the target encoder, which the paper evaluates; key='encoder' takes the other."""
+    return Table(_vit(), ignore=[r"^(encoder|predictor)\."], prefixes=("target_encoder.", "module."))
+
+
+def ijepa(backbone: Any, model: Any) -> Table:
+    """`IJEPA`: both encoders and the predictor (key='*')."""
+    theirs, ours = "predictor.module.", "neck."
+    same = ("predictor_embed.{p}", "mask_token", "predictor_pos_embed", "predictor_norm.{p}", "predictor_proj.{p}")
+    rules = [
+        *_vit("encoder.module."),
+        *_vit("target_encoder.module.", "target_encoder.module.0."),
+        *(Rule(theirs + name, ours + name) for name in same),
+        *_block(theirs + "predictor_blocks.{i}", ours + "predictor_blocks.{i}"),
+    ]
+    return Table(rules, absent=[r"^target_encoder\.steps$"])
+
+
 def mae_encoder(backbone: Any, model: Any) -> Table:
     """MAE's encoder, as pre-trained (a decoder is left out) or fine-tuned."""
     rules = [*_vit(), Rule("fc_norm.{p}", "backbone.ln2.{p}"), *head_rules(model, "head")]
@@ -187,6 +330,25 @@ def beit(backbone: Any, model: Any) -> Table:
     return Table(rules, ignore=[r"^mask_token$", r"^lm_head\.", r"^cls_pt_"], prefixes=("module.",))
 
 
+def vqkd(tokenizer: Any, model: Any) -> Table:
+    """BEiT v2's tokenizer. Its encoder's last norm is called after pooling, which it does not do.
+
+    What the decoder is trained by is left out, and the decoder, unless the model has one.
+    """
+    rules = []
+    for part in ("encoder", "decoder") if hasattr(tokenizer, "decoder") else ("encoder",):
+        rules += [Rule(f"{part}.fc_norm.{{p}}", f"backbone.{part}.ln1.{{p}}"), *_vit(f"{part}.", f"backbone.{part}.")]
+        for name in ("q_bias", "v_bias"):
+            rules.append(Rule(f"{part}.blocks.{{i}}.attn.{name}", f"backbone.{part}.layers.{{i}}.attn.{name}"))
+    rules += [Rule(f"{part}.{{rest}}", f"backbone.{part}.{{rest}}") for part in ("quantize", "encode_task_layer")]
+    ignore = [
+        r"^decode_task_layer\.",
+        r"^(loss|teacher|scaling)",
+        *([] if hasattr(tokenizer, "decoder") else [r"^decoder\."]),
+    ]
+    return Table(rules, ignore=ignore)
+
+
 def _without_key_bias(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     q_bias, k_bias, v_bias = np.split(arrays[0], 3)
     if k_bias.any():
@@ -255,6 +417,12 @@ def clip(backbone: Any, model: Any) -> Table:
     return Table(rules, ignore=[text, numbers, r"^visual\.proj$"], prefixes=("module.",))
 
 
+def clip_targets(backbone: Any, model: Any) -> Table:
+    """`CLIPGenerator`: all of CLIP, by CLIP's own names."""
+    numbers = r"^(input_resolution|context_length|vocab_size)$"
+    return Table([Rule("{rest}", "backbone.tokenizer.{rest}")], ignore=[numbers, r"attn_mask$"], prefixes=("module.",))
+
+
 def sam(backbone: Any, model: Any) -> Table:
     """SAM's image encoder. Prompt encoder and mask decoder are left out."""
     rules = [rule.renamed([("mlp.fc", "mlp.lin")]) for rule in _vit("image_encoder.")]
@@ -307,14 +475,18 @@ _OTHERS = _OTHER_VITS | _OTHER_RESNETS
 
 TABLES: dict[str, dict[str, Any]] = {
     "deit": _OTHER_VITS | dict.fromkeys(("VisionTransformer", "DistilledVisionTransformer", "DeiT3"), deit),
-    "dino": _OTHERS | {"VisionTransformer": dino, "ResNet": dino},
-    "dinov2": _OTHER_VITS | {"VisionTransformer": dinov2},
+    "dino": _OTHERS
+    | {"VisionTransformer": dino, "ResNet": dino, "DINO": dino_training, "IBOT": nothing, "DINOv2": nothing},
+    "ibot": _OTHER_VITS | {"VisionTransformer": ibot, "IBOT": ibot_training},
+    "dinov2": _OTHER_VITS | {"VisionTransformer": dinov2, "DINOv2": dinov2_training},
+    "vicreg": _OTHER_RESNETS | {"ResNet": vicreg_encoder, "VICReg": vicreg},
     "mae": _OTHER_VITS | {"VisionTransformer": mae_encoder, "MAE": mae},
     "moco": _OTHER_RESNETS | {"ResNet": moco_encoder, "MoCo": moco},
     "mocov3": _OTHERS | {"VisionTransformer": mocov3_encoder, "ResNet": mocov3_encoder, "MoCoV3": mocov3},
-    "beit": {"BEiTViT": beit},
+    "beit": {"BEiTViT": beit, "VQKD": vqkd},
     "eva": {"BEiTViT": beit, "ViTEVA02": eva02},
-    "clip": _OTHER_VITS | {"VisionTransformer": clip},
+    "clip": _OTHER_VITS | {"VisionTransformer": clip, "CLIPGenerator": clip_targets},
+    "ijepa": _OTHER_VITS | {"VisionTransformer": ijepa_encoder, "IJEPA": ijepa},
     "sam": {"ViTSAM": sam},
     "swin": {"SwinTransformer": swin},
 }

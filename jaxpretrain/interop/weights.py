@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxpretrain.build import ConfigError
 from jaxpretrain.interop import files
 from jaxpretrain.interop import mmpretrain as hub
 from jaxpretrain.interop.fitting import Report, for_export, recognise, table_of, with_root
@@ -34,6 +35,7 @@ def read_weights(
     key: str | None = None,
     part: str | None = None,
     drop: Sequence[str] = (),
+    fresh: Sequence[str] = (),
     reinit_head: bool = False,
     seed: int = 0,
 ) -> Report:
@@ -46,6 +48,7 @@ def read_weights(
         key: where the weights are inside a .pth file (see `files.read`); of a trainer's directory a step, or 'best'.
         part: load this part of the model alone: 'backbone' takes a pre-trained encoder out of anything around it.
         drop: regular expressions of names in `src` to leave out.
+        fresh: regular expressions of MMPretrain's names in the model that `src` need not have: they stay as they are.
         reinit_head: if the head of `src` is not like the model's, leave it out and initialise the model's anew.
         seed: of that.
 
@@ -62,6 +65,11 @@ def read_weights(
         state = {k: np.asarray(v) for k, v in state.items()}
     state = {name: v for name, v in state.items() if not any(re.search(pattern, name) for pattern in drop)}
     fit = recognise(core, state, "mmpretrain" if layout == OURS else layout, part, reinit_head)
+    fit.shapes = {
+        name: shape
+        for name, shape in fit.shapes.items()
+        if name in fit.state or not any(re.search(pattern, name) for pattern in fresh)
+    }
     fit.check(source)
     paths = with_root(hub.names(core), core)
     arrays = {root + paths[n]: hub.from_torch(paths[n], array) for n, array in fit.state.items() if n in paths}
@@ -96,23 +104,46 @@ def starting_weights(method: nnx.Module, load_from: Any = None) -> dict[hub.Path
     Args:
         method: the network, which may be abstract. Modules in it with `init_cfg=dict(type='Pretrained', checkpoint=...,
             prefix='backbone.')` get those weights; `layout`, `key` and `drop` may be said there too (see `read_weights`).
+            Modules with `released_weights`, which says of what file, are of no use without (the tokenizers of BEiT).
         load_from: a path for the method as a whole, or a mapping of it (`path`) and options of `read_weights`.
+
+    Raises:
+        InteropError: there is no such file, or it does not fit.
     """
     arrays: dict[hub.Path, np.ndarray] = {}
     if load_from:
         options = dict(load_from) if isinstance(load_from, Mapping) else dict(path=load_from)
+        if options.get("path") is None:
+            raise ConfigError(
+                "This recipe starts from a pre-trained encoder: set --config.load_from.path to the workdir of its run or "
+                "to a file of weights, or --config.load_from=None to start from nothing"
+            )
         report = read_weights(method, options.pop("path"), **options)
         logger.info("%s", report)
         arrays |= report.arrays
     for path, module in nnx.iter_modules(method):
         cfg = getattr(module, "init_cfg", None)
-        if isinstance(cfg, Mapping) and cfg.get("type") == "Pretrained":
+        cfg = cfg if isinstance(cfg, Mapping) and cfg.get("type") == "Pretrained" else {}
+        file, released = cfg.get("checkpoint") or "", getattr(module, "released_weights", None)
+        if file and Path(file).exists():
             options = {name: cfg[name] for name in ("layout", "key", "drop") if name in cfg}
             part = cfg["prefix"].rstrip(".") if cfg.get("prefix") else None
-            report = read_weights(module, cfg["checkpoint"], part=part, **options)
+            report = read_weights(module, file, part=part, **options)
             logger.info("%s: %s", ".".join(map(str, path)) or type(module).__name__, report)
             arrays |= {path + inner: array for inner, array in report.arrays.items()}
+        elif (cfg or released) and any(path + inner not in arrays for inner, _ in nnx.state(module).flat_state()):
+            raise _no_file(path, module, file, released)  # and `load_from` has them neither
     return arrays
+
+
+def _no_file(path: hub.Path, module: nnx.Module, file: str, released: str | None) -> InteropError:
+    where = ".".join(map(str, ("config", "method", *path)))
+    what = f"{file!r} is no file here" if file else "no file is given"
+    source = f" They are published as {released}." if released else ""
+    return InteropError(
+        f"{type(module).__name__} at {where} needs trained weights, and {what}.{source} Download the file, and name it:\n"
+        f"  {where}.init_cfg=dict(type='Pretrained', checkpoint='PATH')"
+    )
 
 
 def export(model: nnx.Module, layout: str = "mmpretrain") -> State:

@@ -61,7 +61,7 @@ class MomentumEncoder(BaseModule):
 
 
 class MomentumMethod(BaseSelfSupervisor):
-    """A method whose backbone and neck have a momentum encoder. How fast it follows is `teacher_momentum`.
+    """A method whose backbone and neck (`students`) have a momentum encoder. How fast it follows is `teacher_momentum`.
 
     Attributes:
         teacher_name: MMPretrain's name of it.
@@ -71,11 +71,16 @@ class MomentumMethod(BaseSelfSupervisor):
 
     def __init__(self, *, rngs: nnx.Rngs, **parts: Any):
         super().__init__(rngs=rngs, **parts)
-        setattr(self, self.teacher_name, MomentumEncoder(self.backbone, self.neck))
+        setattr(self, self.teacher_name, MomentumEncoder(*self.students))
 
     @property
     def teacher(self) -> MomentumEncoder:
         return getattr(self, self.teacher_name)
+
+    @property
+    def students(self) -> tuple[nnx.Module, ...]:
+        """The networks that the teacher follows."""
+        return self.backbone, self.neck
 
     def teacher_momentum(self, progress: Progress) -> Float[Array, ""] | float:
         """How far the teacher's weights move towards the student's after this step."""
@@ -87,8 +92,8 @@ class MomentumMethod(BaseSelfSupervisor):
         self.reset_teacher()
 
     def reset_teacher(self) -> None:
-        """Makes the teacher a copy of the online networks: after their weights were loaded from elsewhere."""
-        self.teacher.copy(self.backbone, self.neck)
+        """Makes the teacher a copy of the students: after their weights were loaded from elsewhere."""
+        self.teacher.copy(*self.students)
 
     def teach(self, *images: Float[Array, "b h w 3"], rngs: nnx.Rngs | None = None) -> list[Any]:
         """What the teacher makes of each view, one after the other, in training mode.
@@ -96,12 +101,12 @@ class MomentumMethod(BaseSelfSupervisor):
         Its running statistics start from the online ones, as in MMPretrain; no gradient passes, for its weights are not
         learnt.
         """
-        self.teacher.copy_statistics(self.backbone, self.neck)
+        self.teacher.copy_statistics(*self.students)
         return [self.teacher(view, rngs=rngs) for view in images]
 
     def after_step(self, progress: Progress) -> None:
         """Moves the teacher."""
-        self.teacher.follow(self.backbone, self.neck, momentum=self.teacher_momentum(progress))
+        self.teacher.follow(*self.students, momentum=self.teacher_momentum(progress))
         self.teacher.steps.set_value(jnp.asarray(progress.step, jnp.int32))
 
     def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:

@@ -2,11 +2,11 @@
 
 from jaxpretrain.optim.build import base_lr, build_optimizer, scale_lr
 from jaxpretrain.optim.ema import cosine_ema_momentum, ema_update
-from jaxpretrain.optim.param_groups import ParamGroups, param_groups
+from jaxpretrain.optim.param_groups import ParamGroup, param_groups
 from jaxpretrain.optim.schedules import learning_rates, weight_decays
 
 __all__ = [
-    "ParamGroups",
+    "ParamGroup",
     "base_lr",
     "build_optimizer",
     "cosine_ema_momentum",

@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxpretrain.build import ConfigError, build, nearest
 from jaxpretrain.optim.optimizers import Optimizer, Setting
-from jaxpretrain.optim.param_groups import param_groups
+from jaxpretrain.optim.param_groups import ParamGroup, param_groups
 
 # What a setting is over a run: a value for each step, or for each base value (lr times lr_mult) a table of them.
 Schedule = Float[np.ndarray, " total_steps"] | Callable[[float], Float[np.ndarray, " total_steps"]]
 
-_OPTIONS = ("optimizer", "paramwise_cfg", "clip_grad", "type", "loss_scale")
+_OPTIONS = ("optimizer", "paramwise_cfg", "clip_grad", "type", "constructor", "loss_scale")
 _CLIP_OPTIONS = ("type", "max_norm", "norm_type", "clip_value", "error_if_nonfinite")
 
 
@@ -50,10 +50,16 @@ def build_optimizer(
     cfg = _plain(optim_wrapper)
     optimizer = _build_rule(cfg)
     groups = param_groups(params, cfg.get("paramwise_cfg"))
+    _check_momenta(optimizer, groups)
     clip = _build_clip(cfg.get("clip_grad"))
-    lr_mults, decay_mults = sorted({*jax.tree.leaves(groups.lr_mult)}), sorted({*jax.tree.leaves(groups.decay_mult)})
-    lr_curves = {mult: _Curve(learning_rates, optimizer.lr, mult) for mult in lr_mults}
-    decay_curves = {mult: _Curve(weight_decays, optimizer.weight_decay, mult) for mult in decay_mults}
+    leaves = jax.tree.leaves(groups)
+    lr_curves = {
+        (mult, fixed): _Curve(None if fixed else learning_rates, optimizer.lr, mult)
+        for mult, fixed in {(group.lr_mult, group.fix_lr) for group in leaves}
+    }
+    decay_curves = {
+        mult: _Curve(weight_decays, optimizer.weight_decay, mult) for mult in {group.decay_mult for group in leaves}
+    }
 
     def init(params: PyTree) -> dict[str, Any]:
         slots = {name: jax.tree.map(jnp.zeros_like, params) for name in optimizer.slots}
@@ -63,23 +69,30 @@ def build_optimizer(
         if params is None:
             raise ValueError("The optimizer needs the parameters: update(grads, state, params)")
         step = state["step"]
-        lrs = {mult: curve(step) for mult, curve in lr_curves.items()}
+        lrs = {key: curve(step) for key, curve in lr_curves.items()}
         decays = {mult: curve(step) for mult, curve in decay_curves.items()}
 
-        def move(p: Array, g: Array, lr_mult: float, decay_mult: float, exclude: bool, *slots: Array) -> Any:
+        def awake(g: Array, group: ParamGroup) -> Array:
+            return jnp.where(step >= group.begin, g, 0) if group.begin else g
+
+        def move(p: Array, g: Array, group: ParamGroup, *slots: Array) -> Any:
+            own_step = jnp.maximum(step + 1 - group.begin, 1)
             at = Setting(
-                step=(step + 1).astype(jnp.promote_types(p.dtype, jnp.float32)),
-                lr=lrs[lr_mult],
-                decay=decays[decay_mult],
-                decays=not decay_curves[decay_mult].is_zero,
-                lars_exclude=exclude,
+                step=own_step.astype(jnp.promote_types(p.dtype, jnp.float32)),
+                lr=lrs[group.lr_mult, group.fix_lr],
+                decay=decays[group.decay_mult],
+                decays=not decay_curves[group.decay_mult].is_zero,
+                lars_exclude=group.lars_exclude,
+                momentum=group.momentum,
             )
-            change, new = optimizer.update(p, g.astype(p.dtype), dict(zip(optimizer.slots, slots, strict=True)), at)
+            old = dict(zip(optimizer.slots, slots, strict=True))
+            change, new = optimizer.update(p, g.astype(p.dtype), old, at)
+            if group.begin:
+                change, new = awake(change, group), {k: jnp.where(step >= group.begin, new[k], old[k]) for k in new}
             return change.astype(p.dtype), new
 
-        grads = optimizer.prepare(clip(grads))
-        multipliers = (groups.lr_mult, groups.decay_mult, groups.lars_exclude)
-        moves = jax.tree.map(move, params, grads, *multipliers, *(state[name] for name in optimizer.slots))
+        grads = optimizer.prepare(clip(jax.tree.map(awake, grads, groups)))
+        moves = jax.tree.map(move, params, grads, groups, *(state[name] for name in optimizer.slots))
         one_move = jax.tree.structure((0, dict.fromkeys(optimizer.slots, 0)))
         updates, slots = jax.tree.transpose(jax.tree.structure(params), one_move, moves)
         return updates, {"step": step + 1, **slots}
@@ -129,15 +142,28 @@ def _build_rule(cfg: Mapping[str, Any]) -> Optimizer:
             raise ConfigError(f"optim_wrapper.{option}: it is a field of the config itself, set config.{option}")
         if option not in _OPTIONS:
             raise ConfigError(f"optim_wrapper has no option {option!r}.{nearest(option, _OPTIONS)}")
-    kinds = ("OptimWrapper", "AmpOptimWrapper")  # precision is config.dtype; bfloat16 needs no loss scale
-    if cfg.get("type", kinds[0]) not in kinds:
-        raise ConfigError(f"optim_wrapper.type={cfg['type']!r}.{nearest(cfg['type'], kinds)}")
+    # Precision is config.dtype, bfloat16 needs no loss scale; and paramwise_cfg says whether layers' rates decay.
+    for option, kinds in (
+        ("type", ("OptimWrapper", "AmpOptimWrapper")),
+        ("constructor", ("DefaultOptimWrapperConstructor", "LearningRateDecayOptimWrapperConstructor")),
+    ):
+        if cfg.get(option) not in (None, *kinds):
+            raise ConfigError(f"optim_wrapper.{option}={cfg[option]!r}.{nearest(cfg[option], kinds)}")
     if not cfg.get("optimizer"):
         raise ConfigError("optim_wrapper.optimizer is not set; give for example dict(type='AdamW', lr=1e-3)")
     optimizer = build(cfg["optimizer"])
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"optim_wrapper.optimizer: {type(optimizer).__name__} is not an optimizer")
     return optimizer
+
+
+def _check_momenta(optimizer: Optimizer, groups: PyTree) -> None:
+    given = [group.momentum for group in jax.tree.leaves(groups) if group.momentum is not None]
+    if given and "momentum" not in optimizer.slots:
+        raise ConfigError(
+            f"paramwise_cfg.custom_keys gives some parameters momentum={given[0]}, but {type(optimizer).__name__} has "
+            "none to replace: take SGD or LARS, with a momentum"
+        )
 
 
 def _build_clip(clip_grad: Mapping[str, Any] | None) -> Callable[[PyTree], PyTree]:

@@ -32,6 +32,7 @@ class Setting(NamedTuple):
         decay: weight decay, likewise.
         decays: False where the weight decay is 0 throughout.
         lars_exclude: whether LARS leaves out the trust ratio.
+        momentum: in place of the optimizer's; None: as there.
     """
 
     step: Float[Array, ""]
@@ -39,6 +40,7 @@ class Setting(NamedTuple):
     decay: Float[Array, ""] | float
     decays: bool
     lars_exclude: bool
+    momentum: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +88,11 @@ class _WithMomentum(Optimizer):
     def _accumulate(self, g: Array, slots: Slots, at: Setting) -> tuple[Array, Slots]:
         if not self.momentum:
             return g, {}
+        momentum = self.momentum if at.momentum is None else at.momentum
         # The first gradient enters undamped.
         weight = jnp.where(at.step == 1, 1.0, 1.0 - self.dampening).astype(g.dtype) if self.dampening else 1.0
-        buffer = self.momentum * slots["momentum"] + weight * g
-        return g + self.momentum * buffer if self.nesterov else buffer, {"momentum": buffer}
+        buffer = momentum * slots["momentum"] + weight * g
+        return g + momentum * buffer if self.nesterov else buffer, {"momentum": buffer}
 
 
 @dataclass(frozen=True, kw_only=True)

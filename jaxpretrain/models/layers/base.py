@@ -59,10 +59,14 @@ class BaseModule(nnx.Module):
 
     Attributes:
         state_names: what attributes are called in MMPretrain's state dict, where that is not their own name.
+        aliases: parts that MMPretrain's state dict has a second time: the other name -> the name; both relative.
+        local_state: variables of this module that MMPretrain's state dict lacks: left out of exports, zero in imports.
     """
 
     init_cfg: Any = None
     state_names: ClassVar[dict[str, str]] = {}
+    aliases: ClassVar[dict[str, str]] = {}
+    local_state: ClassVar[tuple[str, ...]] = ()
 
     def derived(self) -> dict[str, np.ndarray]:
         """Arrays that MMPretrain keeps in its state dict and that follow from the arguments: index tables and the like.

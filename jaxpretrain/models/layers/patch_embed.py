@@ -24,20 +24,24 @@ class PatchEmbed(BaseModule):
     """Cuts images into patches that do not overlap, and maps each to a token.
 
     The weights are those of a convolution whose stride is its kernel size (`projection`, [p, p, in, out]), and get its
-    initialisation; the computation is a reshape and one matmul. Images of any size are taken: what a last row or column
-    of patches lacks is filled with zeros at the bottom and the right (MMCV's padding 'corner').
+    initialisation; the computation is a reshape and one matmul. Images of any size are taken.
 
     Args:
         in_channels: channels of the images.
         embed_dims: channels of the tokens.
         kernel_size: size of a patch in pixels, one number or (height, width).
         stride: accepted for MMPretrain's settings; must be None or `kernel_size`.
+        padding: what becomes of a last row or column of patches that the image does not fill: 'corner' adds zeros at the
+            bottom and the right, 0 leaves it out.
         bias: whether the projection has a bias.
         norm_cfg: a norm after the projection; none by default.
         input_size: size of the images that `init_out_size` is for.
 
     Attributes:
         init_out_size: patches (down, across) in an image of `input_size`.
+
+    Raises:
+        ConfigError: a stride or padding that is not supported.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class PatchEmbed(BaseModule):
         embed_dims: int = 768,
         kernel_size: int | tuple[int, int] = 16,
         stride: int | tuple[int, int] | None = None,
+        padding: int | str = "corner",
         bias: bool = True,
         norm_cfg: Mapping[str, Any] | None = None,
         input_size: int | tuple[int, int] = 224,
@@ -55,9 +60,10 @@ class PatchEmbed(BaseModule):
         self.patch_size = to_2tuple(kernel_size)
         if stride is not None and to_2tuple(stride) != self.patch_size:
             raise ConfigError(f"PatchEmbed: stride={stride} must be kernel_size={kernel_size}; patches do not overlap")
-        self.in_channels = in_channels
-        height, width = to_2tuple(input_size)
-        self.init_out_size = (-(-height // self.patch_size[0]), -(-width // self.patch_size[1]))
+        if padding not in ("corner", 0):
+            raise ConfigError(f"PatchEmbed: padding={padding!r} must be 'corner' or 0")
+        self.in_channels, self.padded = in_channels, padding == "corner"
+        self.init_out_size = self._grid(*to_2tuple(input_size))
         self.projection = Conv2d(in_channels, embed_dims, self.patch_size, self.patch_size, bias=bias, rngs=rngs)
         self.norm = build_norm(norm_cfg, embed_dims, rngs=rngs) if norm_cfg else None
 
@@ -67,11 +73,18 @@ class PatchEmbed(BaseModule):
             raise ValueError(f"PatchEmbed: expected images [batch, height, width, {self.in_channels}], got {x.shape}")
         b, height, width, c = x.shape
         p, q = self.patch_size
-        h, w = -(-height // p), -(-width // q)
+        h, w = self._grid(height, width)
         if (h * p, w * q) != (height, width):
-            x = jnp.pad(x, ((0, 0), (0, h * p - height), (0, w * q - width), (0, 0)))
+            if self.padded:
+                x = jnp.pad(x, ((0, 0), (0, h * p - height), (0, w * q - width), (0, 0)))
+            x = x[:, : h * p, : w * q]
         patches = x.reshape(b, h, p, w, q, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * w, p * q * c)
         tokens = patches @ self.projection.kernel[...].reshape(p * q * c, -1).astype(x.dtype)
         if self.projection.bias is not None:
             tokens = tokens + self.projection.bias[...].astype(x.dtype)
         return (tokens if self.norm is None else self.norm(tokens)), (h, w)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches down and across in an image of this size."""
+        p, q = self.patch_size
+        return (-(-height // p), -(-width // q)) if self.padded else (height // p, width // q)
