@@ -143,8 +143,14 @@ def warmup_cosine(
 
 
 def frozen_feature_scores(**extra: Cfg) -> Cfg:
-    """kNN and linear probe of the frozen encoder."""
-    return dict(knn=dict(type="KNN", k=20, temperature=0.07), linear=dict(type="LinearProbe"), **extra)
+    """kNN and linear probe of the frozen encoder, how its features spread, and a picture of nearest neighbours."""
+    return dict(
+        knn=dict(type="KNN", k=20, temperature=0.07),
+        linear=dict(type="LinearProbe"),
+        statistics=dict(type="FeatureStatistics"),
+        neighbours=dict(type="NearestNeighbours"),
+        **extra,
+    )
 
 
 def tiny_siamese(method: Callable[[Cfg, int], Cfg], lr: float, epochs: int = 20, **optim_wrapper: Any) -> ConfigDict:

@@ -210,9 +210,9 @@ class DINO(MomentumMethod):
         return {} if width is None else dict(in_channels=width)
 
     def init_weights(self, rngs: nnx.Rngs) -> None:
-        """Besides `init_cfg`: all matrices and tokens of a ViT from N(0, 0.02), biases of 0. The teacher is a copy."""
+        """All matrices and tokens of a ViT from N(0, 0.02), biases of 0, unless it has an `init_cfg`. The teacher is a copy."""
         super().init_weights(rngs)
-        if isinstance(self.backbone, VisionTransformer):
+        if isinstance(self.backbone, VisionTransformer) and self.backbone.init_cfg is None:
             self._init_vit(rngs)
         self.reset_teacher()
 
