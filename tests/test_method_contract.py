@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +82,17 @@ def test_meshes_and_resume(name: str, tmp_path: Path) -> None:
     checkpoints = Checkpointer(tmp_path)
     checkpoints.save(STEPS // 2, middle)
     checkpoints.wait()
-    restored = Checkpointer(tmp_path).restore(jax.tree.map(partial(_abstract), middle)).state
+    restored = Checkpointer(tmp_path).restore(jax.tree.map(_abstract, middle)).state
     assert bits(restored) == bits(middle)
     rest, again, _ = run(dict(data=1), steps=STEPS - STEPS // 2, state=restored, compiled=compiled)
     assert (rest == single[STEPS // 2 :]).all()
     assert bits(again) == teacher_and_all
 
-    for mesh in (dict(data=8), dict(data=1, fsdp=8)):
-        ours, state, _ = run(mesh)
-        np.testing.assert_allclose(ours, single, rtol=1e-4, err_msg=str(mesh))
-        if "fsdp" in mesh:
-            shares = [leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state["params"])]
-            assert max(shares) == 8
+    # Eight devices: the batch is split over all of them, arrays are shared out among four. (test_scale.py has other meshes.)
+    ours, state, _ = run(dict(data=2, fsdp=4))
+    np.testing.assert_allclose(ours, single, rtol=1e-4)
+    shares = [leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state["params"])]
+    assert max(shares) == 4
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -110,7 +108,6 @@ def test_only_parameters_learn(name: str) -> None:
     """
     method = CASES[name].make()
     learns = {path for path, _ in nnx.state(method, nnx.Param).flat_state()}
-    for part in ("teacher_name",):
-        if teacher := getattr(method, part, None):
-            assert not [path for path in learns if teacher in path]
+    if teacher := getattr(method, "teacher_name", None):
+        assert not [path for path in learns if teacher in path]
     assert not [path for path in learns if "target_generator" in path or "queue" in str(path[-1])]
