@@ -4,7 +4,7 @@ Measured here: `digits`, on 2 CPU cores. The others have not been run by us; pub
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/barlowtwins.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/barlowtwins.py:digits` | 2 CPU cores | 3.0 CPU min | probe 80.1, trained 97.0; kNN 70.4, 88.2 |
 | barlowtwins_resnet50_8xb256-coslr-300e_in1k | `--config=configs/barlowtwins.py` | 8 GPUs | | |
 | barlowtwins_resnet50_8xb256-coslr-1000e_in1k | `--config=configs/barlowtwins.py:NAME` | 8 GPUs | | |
 | resnet50_barlowtwins-pre_8xb32-linear-coslr-100e_in1k | `--config.load_from.path=RUN` | 8 GPUs | | 71.8 (linear probe) |

@@ -5,7 +5,7 @@ after fine-tuning. They need the tokenizer's weights (`config.method.target_gene
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/beitv2.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/beitv2.py:digits` | 2 CPU cores | | not measured yet |
 | beitv2_beit-base-p16_8xb256-amp-coslr-300e_in1k | `--config=configs/beitv2.py` | 8 GPUs | | 85.0 |
 | beitv2_beit-base-p16_8xb256-amp-coslr-1600e_in1k | `--config=configs/beitv2.py:NAME` | 8 GPUs | | - |
 | beit-base-p16_beitv2-pre_8xb128-coslr-100e_in1k | | 8 GPUs | | 85.0 |

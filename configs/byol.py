@@ -4,7 +4,7 @@ Measured here: `digits`, on 2 CPU cores. The others have not been run by us; pub
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/byol.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/byol.py:digits` | 2 CPU cores | 2.9 CPU min | probe 80.1, trained 89.9; kNN 70.4, 83.8 |
 | byol_resnet50_16xb256-coslr-200e_in1k | `--config=configs/byol.py` | 16 GPUs | | |
 | resnet50_byol-pre_8xb512-linear-coslr-90e_in1k | `--config.load_from.path=RUN` | 8 GPUs | | 71.8 (linear probe) |
 """

@@ -4,7 +4,7 @@ Measured here: `digits`, on 2 CPU cores. The other has not been run by us; publi
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/deepcluster.py:digits` | 2 CPU cores | TO-MEASURE | linear probe TO-MEASURE |
+| digits | `--config=configs/deepcluster.py:digits` | 2 CPU cores | 1.5 CPU min | probe 87.9, trained 97.6; kNN 78.1, 93.6 |
 | deepcluster-sobel_resnet50_8xb64-steplr-200e_in1k | `--config=configs/deepcluster.py` | 8 GPUs | | 46.92 |
 """
 

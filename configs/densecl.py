@@ -4,7 +4,7 @@ Measured here: `digits`, on 2 CPU cores. The others have not been run by us; pub
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/densecl.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/densecl.py:digits` | 2 CPU cores | 1.9 CPU min | probe 80.1, trained 82.8; kNN 70.4, 63.0 |
 | densecl_resnet50_8xb32-coslr-200e_in1k | `--config=configs/densecl.py` | 8 GPUs | | |
 | resnet50_densecl-pre_8xb32-linear-steplr-100e_in1k | `--config.load_from.path=RUN` | 8 GPUs | | 63.5 (linear probe) |
 

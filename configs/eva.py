@@ -5,7 +5,7 @@ fine-tuning / with a linear probe. It needs CLIP's weights (`config.method.targe
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/eva.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/eva.py:digits` | 2 CPU cores | 2.5 CPU min | probe 94.3, trained 93.9; kNN 70.0, 64.3 |
 | eva-mae-style_vit-base-p16_16xb256-coslr-400e_in1k | `--config=configs/eva.py` | 16 GPUs | | 83.7 / 69.0 |
 | vit-base-p16_eva-mae-style-pre_8xb128-coslr-100e_in1k | | 8 GPUs | | 83.7 |
 | vit-base-p16_eva-mae-style-pre_8xb2048-linear-coslr-100e_in1k | | 8 GPUs | | 69.0 (linear probe) |

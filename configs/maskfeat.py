@@ -5,7 +5,7 @@ after fine-tuning.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/maskfeat.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/maskfeat.py:digits` | 2 CPU cores | 2.1 CPU min | probe 88.2, trained 92.9; kNN 48.8, 87.9 |
 | maskfeat_vit-base-p16_8xb256-amp-coslr-300e_in1k | `--config=configs/maskfeat.py` | 8 GPUs | | 83.4 |
 | vit-base-p16_maskfeat-pre_8xb256-coslr-100e_in1k | | 8 GPUs | | 83.4 |
 

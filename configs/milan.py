@@ -5,7 +5,7 @@ fine-tuning / with a linear probe. It needs CLIP's weights (`config.method.targe
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/milan.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/milan.py:digits` | 2 CPU cores | 2.3 CPU min | probe 94.3, trained 95.3; kNN 70.0, 79.1 |
 | milan_vit-base-p16_16xb256-amp-coslr-400e_in1k | `--config=configs/milan.py` | 16 GPUs | | 85.3 / 78.9 |
 | vit-base-p16_milan-pre_8xb128-coslr-100e_in1k | | 8 GPUs | | 85.3 |
 | vit-base-p16_milan-pre_8xb2048-linear-coslr-100e_in1k | | 8 GPUs | | 78.9 (linear probe) |

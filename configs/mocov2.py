@@ -5,8 +5,8 @@ MMPretrain for v2, in the paper for v1.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/mocov2.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
-| digits-mocov1 | `--config=configs/mocov2.py:digits-mocov1` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/mocov2.py:digits` | 2 CPU cores | | not measured yet |
+| digits-mocov1 | `--config=configs/mocov2.py:digits-mocov1` | 2 CPU cores | | not measured yet |
 | mocov2_resnet50_8xb32-coslr-200e_in1k | `--config=configs/mocov2.py` | 8 GPUs | | 67.5 |
 | mocov1_resnet50_8xb32-steplr-200e_in1k | `--config=configs/mocov2.py:NAME` | 8 GPUs | | 60.6 |
 | resnet50_mocov2-pre_8xb32-linear-steplr-100e_in1k | | 8 GPUs | | 67.5 (linear probe) |

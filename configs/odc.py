@@ -4,7 +4,7 @@ Measured here: `digits`, on 2 CPU cores. The other has not been run by us; publi
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/odc.py:digits` | 2 CPU cores | TO-MEASURE | linear probe TO-MEASURE |
+| digits | `--config=configs/odc.py:digits` | 2 CPU cores | | not measured yet |
 | odc_resnet50_8xb64-steplr-440e_in1k | `--config=configs/odc.py` | 8 GPUs | | 53.42 |
 """
 

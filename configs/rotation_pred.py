@@ -5,7 +5,7 @@ linear probe on ImageNet-1k.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/rotation_pred.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/rotation_pred.py:digits` | 2 CPU cores | | not measured yet |
 | rotation-pred_resnet50_8xb16-steplr-70e_in1k | `--config=configs/rotation_pred.py` | 8 GPUs | | 47.0 |
 """
 

@@ -4,7 +4,7 @@ Measured here: `digits`, on 2 CPU cores. The others have not been run by us; pub
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/simsiam.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/simsiam.py:digits` | 2 CPU cores | 2.3 CPU min | probe 80.1, trained 86.9; kNN 70.4, 80.8 |
 | simsiam_resnet50_8xb32-coslr-100e_in1k | `--config=configs/simsiam.py` | 8 GPUs | | |
 | simsiam_resnet50_8xb32-coslr-200e_in1k | `--config=configs/simsiam.py:NAME` | 8 GPUs | | |
 | resnet50_simsiam-100e-pre_8xb512-linear-coslr-90e_in1k | `--config.load_from.path=RUN` | 8 GPUs | | 68.3 (linear probe) |

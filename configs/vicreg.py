@@ -6,7 +6,7 @@ together, and keeps the learning rate out of its momentum; ours is MMPretrain's.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/vicreg.py:digits` | 2 CPU cores | TO-MEASURE | TO-MEASURE |
+| digits | `--config=configs/vicreg.py:digits` | 2 CPU cores | | not measured yet |
 | vicreg_resnet50_32xb64-amp-coslr-1000e_in1k | `--config=configs/vicreg.py` | 32 GPUs | | 73.2 |
 | vicreg_resnet50_8xb64-amp-coslr-100e_in1k | `--config=configs/vicreg.py:NAME` | 8 GPUs | | |
 """
