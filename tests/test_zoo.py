@@ -272,6 +272,10 @@ def test_a_few_models_have_what_mmpretrains_have(name):
     assert counts(info) == (info.built["params"], info.built["keys"])
 
 
+# The recipe leaves the decoder's input at 1,024 for a backbone of 768, and cannot run so; ours is 768, as the golden file's.
+PARAMETERS = {"milan_vit-base-p16_16xb256-amp-coslr-400e_in1k": 261_397_249}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", sorted({kind(name) for name in list_models(available_only=True)}))
 def test_all_models_have_what_mmpretrains_have(backbone):
@@ -281,6 +285,6 @@ def test_all_models_have_what_mmpretrains_have(backbone):
         if kind(name) != backbone:
             continue
         params, keys = counts(info)
-        if params != info.built["params"] or keys != info.built.get("keys", keys):
+        if params != PARAMETERS.get(name, info.built["params"]) or keys != info.built.get("keys", keys):
             wrong[name] = params, keys, dict(info.built)
     assert not wrong
