@@ -214,6 +214,7 @@ def test_features_are_the_slow_copys(method, images):
 
 def test_reconstruct(method, images):
     made = method.reconstruct(images.astype(jnp.bfloat16), rngs=nnx.Rngs(0))
+    assert -1 <= made.pop("agreement") <= 1
     assert {name: x.shape for name, x in made.items()} == dict(
         masked=(3, 16, 16, 3), reconstructed=(3, 16, 16, 3), pasted=(3, 16, 16, 3), mask=(3, 16, 16, 1)
     )
