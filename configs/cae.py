@@ -18,7 +18,15 @@ from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
 from jaxpretrain.followers import CENTRED, MASKING, encoder, fine_tune_beit, strong_augmentation
-from jaxpretrain.recipes import DIGITS_MEAN_STD, FLIP, digits, frozen_feature_scores, imagenet, recipe, warmup_cosine
+from jaxpretrain.recipes import (
+    FLIP,
+    frozen_feature_scores,
+    imagenet,
+    masked_digit_pairs,
+    on_digits,
+    recipe,
+    warmup_cosine,
+)
 
 NO_DECAY = dict(bias_decay_mult=0.0, norm_decay_mult=0.0, flat_decay_mult=0.0)
 
@@ -91,7 +99,7 @@ def tiny() -> ConfigDict:
     DALL-E's stand-in is a tokenizer with random weights: 32 tokens of 4x4 pixels, a rough sketch of what is there.
     """
     epochs = 20
-    return recipe(
+    return on_digits(
         method=dict(
             type="CAE",
             backbone=dict(
@@ -114,21 +122,7 @@ def tiny() -> ConfigDict:
             head=dict(type="CAEHead", loss=dict(type="CAELoss", lambd=2)),
             target_generator=dict(type="RandomProjectionTokenizer", patch_size=4, num_embed=32, embed_dims=4),
         ),
-        data=digits(
-            [
-                dict(
-                    type="RandomResizedCropAndInterpolationWithTwoPic",
-                    size=24,
-                    second_size=24,
-                    second_interpolation="bilinear",
-                    scale=(0.6, 1.0),
-                ),
-                dict(type="BEiTMaskGenerator", input_size=6, num_masking_patches=14, min_num_patches=4),
-            ],
-            [],
-            size=24,
-        ),
-        data_preprocessor=DIGITS_MEAN_STD,
+        data=masked_digit_pairs(),
         batch_size=64,
         max_epochs=epochs,
         optim_wrapper=dict(
@@ -138,9 +132,6 @@ def tiny() -> ConfigDict:
         ),
         param_scheduler=warmup_cosine(epochs, 2),
         evaluators=frozen_feature_scores(reconstruction=dict(type="Reconstruction", num_images=12)),
-        evaluation=dict(interval=20, at_start=True),
-        checkpoint=dict(interval=10),
-        log_interval=20,
     )
 
 

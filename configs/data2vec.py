@@ -19,7 +19,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
-from jaxpretrain.recipes import DIGITS_MEAN_STD, FLIP, digits, frozen_feature_scores, imagenet, recipe, warmup_cosine
+from jaxpretrain.recipes import (
+    FLIP,
+    digits,
+    imagenet,
+    on_digits,
+    recipe,
+    warmup_cosine,
+)
 
 
 def pretrain(
@@ -63,7 +70,7 @@ def tiny() -> ConfigDict:
     240 steps are few for the slow copy, so it follows faster.
     """
     epochs = 20
-    return recipe(
+    return on_digits(
         method=dict(
             type="Data2Vec2",
             backbone=dict(
@@ -82,8 +89,6 @@ def tiny() -> ConfigDict:
             ema_anneal_steps=200,
         ),
         data=digits([dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.6, 1.0))], []),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(
             optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),
@@ -91,10 +96,6 @@ def tiny() -> ConfigDict:
             clip_grad=dict(max_norm=4.0),
         ),
         param_scheduler=warmup_cosine(epochs, 3),
-        evaluators=frozen_feature_scores(),
-        evaluation=dict(interval=20, at_start=True),
-        checkpoint=dict(interval=10),
-        log_interval=20,
     )
 
 

@@ -14,14 +14,13 @@ from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
 from jaxpretrain.recipes import (
-    DIGITS_MEAN_STD,
     FLIP,
     GRAYSCALE,
     IMAGENET_IMAGES,
     digits,
-    frozen_feature_scores,
     imagenet,
     jitter,
+    on_digits,
     recipe,
 )
 
@@ -67,7 +66,7 @@ def pretrain() -> ConfigDict:
 def tiny() -> ConfigDict:
     """A narrow ResNet-18 on the edges of real handwritten digits, in 30 clusters."""
     clusters, size = 30, 32
-    return recipe(
+    return on_digits(
         method=dict(
             type="DeepCluster",
             backbone=dict(
@@ -91,17 +90,13 @@ def tiny() -> ConfigDict:
             [jitter(0.6, 0.6, 0.0, 0.0)],
             size=size,
         ),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=20,
         optim_wrapper=dict(
             optimizer=dict(type="SGD", lr=0.05, weight_decay=1e-4, momentum=0.9),
             paramwise_cfg=dict(custom_keys={"head": dict(momentum=0.0, lr_mult=20.0)}),
         ),
-        evaluators=frozen_feature_scores(),
         evaluation=dict(at_start=True),
         checkpoint=dict(interval=5),
-        log_interval=20,
     )
 
 

@@ -19,7 +19,13 @@ from functools import partial
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
-from jaxpretrain.recipes import DIGITS_MEAN_STD, digits, frozen_feature_scores, imagenet, recipe, warmup_cosine
+from jaxpretrain.recipes import (
+    digits,
+    imagenet,
+    on_digits,
+    recipe,
+    warmup_cosine,
+)
 
 # (width of the encoder, heads, layers of the predictor); the predictor has the encoder's number of heads.
 SIZES = {"base": (768, 12, 6), "large": (1024, 16, 12), "huge": (1280, 16, 12)}
@@ -93,7 +99,7 @@ def tiny() -> ConfigDict:
     `feature_std` shows: here patches start larger.
     """
     epochs = 20
-    return recipe(
+    return on_digits(
         method=dict(
             type="IJEPA",
             backbone=dict(
@@ -110,18 +116,12 @@ def tiny() -> ConfigDict:
             base_momentum=0.996,
         ),
         data=digits([dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.6, 1.0))], []),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(
             optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.95), weight_decay=0.04),
             paramwise_cfg=dict(flat_decay_mult=0.0),
         ),
         param_scheduler=[*warmup_cosine(epochs, 3), weight_decay(epochs)],
-        evaluators=frozen_feature_scores(),
-        evaluation=dict(interval=20, at_start=True),
-        checkpoint=dict(interval=10),
-        log_interval=20,
     )
 
 

@@ -31,7 +31,15 @@ from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
 from jaxpretrain.followers import fine_tune_vit, probe_vit
-from jaxpretrain.recipes import DIGITS_MEAN_STD, FLIP, digits, frozen_feature_scores, imagenet, recipe, warmup_cosine
+from jaxpretrain.recipes import (
+    FLIP,
+    digits,
+    frozen_feature_scores,
+    imagenet,
+    on_digits,
+    recipe,
+    warmup_cosine,
+)
 
 NO_DECAY = {name: dict(decay_mult=0.0) for name in ("ln", "bias", "pos_embed", "mask_token", "cls_token")}
 WIDTH = {"b": 768, "l": 1024, "h": 1280}
@@ -97,7 +105,7 @@ def tiny() -> ConfigDict:
     A digit has 64 patches, of one original pixel each, so 60 % are masked and not 75 %.
     """
     epochs = 40
-    return recipe(
+    return on_digits(
         method=dict(
             type="MAE",
             backbone=dict(
@@ -125,8 +133,6 @@ def tiny() -> ConfigDict:
             init_cfg=[dict(type="Xavier", layer="Linear", distribution="uniform")],
         ),
         data=digits([dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.6, 1.0))], []),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(
             optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),
@@ -134,9 +140,6 @@ def tiny() -> ConfigDict:
         ),
         param_scheduler=warmup_cosine(epochs, 5),
         evaluators=frozen_feature_scores(reconstruction=dict(type="Reconstruction", num_images=12)),
-        evaluation=dict(interval=20, at_start=True),
-        checkpoint=dict(interval=10),
-        log_interval=20,
     )
 
 

@@ -18,7 +18,15 @@ from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
 from jaxpretrain.followers import fine_tune_vit, strong_augmentation
-from jaxpretrain.recipes import DIGITS_MEAN_STD, FLIP, digits, frozen_feature_scores, imagenet, recipe, warmup_cosine
+from jaxpretrain.recipes import (
+    FLIP,
+    digits,
+    frozen_feature_scores,
+    imagenet,
+    on_digits,
+    recipe,
+    warmup_cosine,
+)
 
 NO_DECAY = dict(
     bias_decay_mult=0.0,
@@ -77,7 +85,7 @@ def tiny() -> ConfigDict:
     its features get worse than at random before they get better.
     """
     epochs = 60
-    return recipe(
+    return on_digits(
         method=dict(
             type="MaskFeat",
             backbone=dict(
@@ -98,7 +106,6 @@ def tiny() -> ConfigDict:
             ],
             [],
         ),
-        data_preprocessor=DIGITS_MEAN_STD,
         batch_size=32,
         max_epochs=epochs,
         optim_wrapper=dict(

@@ -22,7 +22,14 @@ from ml_collections import ConfigDict
 from jaxpretrain.config import pick
 from jaxpretrain.followers import fine_tune_vit, probe_vit
 from jaxpretrain.models.clip_generator import WEIGHTS
-from jaxpretrain.recipes import DIGITS_MEAN_STD, FLIP, digits, frozen_feature_scores, imagenet, recipe, warmup_cosine
+from jaxpretrain.recipes import (
+    FLIP,
+    digits,
+    imagenet,
+    on_digits,
+    recipe,
+    warmup_cosine,
+)
 
 INIT = [
     dict(type="Xavier", layer="Linear", distribution="uniform"),
@@ -69,7 +76,7 @@ def tiny() -> ConfigDict:
     epochs = 20
     arch = dict(embed_dims=64, num_layers=3, num_heads=4, feedforward_channels=256)
     size = dict(img_size=32, patch_size=4)
-    return recipe(
+    return on_digits(
         method=dict(
             type="MILAN",
             backbone=dict(type="MILANViT", arch=arch, mask_ratio=0.6, init_cfg=INIT, **size),
@@ -88,18 +95,12 @@ def tiny() -> ConfigDict:
             ),
         ),
         data=digits([dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.6, 1.0))], []),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(
             optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),
             paramwise_cfg=dict(custom_keys=NO_DECAY),
         ),
         param_scheduler=warmup_cosine(epochs, 3),
-        evaluators=frozen_feature_scores(),
-        evaluation=dict(interval=20, at_start=True),
-        checkpoint=dict(interval=10),
-        log_interval=20,
     )
 
 

@@ -29,16 +29,15 @@ from ml_collections import ConfigDict
 from jaxpretrain.config import pick
 from jaxpretrain.followers import fine_tune, linear_probe, probe_resnet50
 from jaxpretrain.recipes import (
-    DIGITS_MEAN_STD,
     FLIP,
     GRAYSCALE,
     LARS_EXCLUDE,
     NO_DECAY,
     blur,
     digits,
-    frozen_feature_scores,
     imagenet,
     jitter,
+    on_digits,
     recipe,
     two_views,
     warmup_cosine,
@@ -137,7 +136,7 @@ def tiny() -> ConfigDict:
     """A small ViT on real handwritten digits: crops and changes of contrast, a projector of 256 units."""
     epochs = 25
     crop = dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.4, 1.0))
-    return recipe(
+    return on_digits(
         method=dict(
             type="MoCoV3",
             base_momentum=0.01,
@@ -151,15 +150,11 @@ def tiny() -> ConfigDict:
             ),
         ),
         data=digits(*two_views(crop, [jitter(0.6, 0.6, 0.0, 0.0)])),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(optimizer=dict(type="AdamW", lr=1.5e-3, weight_decay=0.1)),
         param_scheduler=warmup_cosine(epochs, 2),
-        evaluators=frozen_feature_scores(),
         evaluation=dict(at_start=True),
         checkpoint=dict(interval=5),
-        log_interval=20,
     )
 
 

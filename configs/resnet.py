@@ -28,7 +28,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
-from jaxpretrain.recipes import DIGITS_MEAN_STD, FLIP, digits, frozen_feature_scores, imagenet, recipe, warmup_cosine
+from jaxpretrain.recipes import (
+    FLIP,
+    digits,
+    frozen_feature_scores,
+    imagenet,
+    on_digits,
+    recipe,
+    warmup_cosine,
+)
 
 STEPS = [dict(type="MultiStepLR", by_epoch=True, milestones=(30, 60, 90), gamma=0.1)]
 COSINE = [dict(type="CosineAnnealingLR", T_max=100, by_epoch=True, begin=0, end=100)]
@@ -119,7 +127,7 @@ def cifar(depth: int, classes: int = 10, **model: Any) -> ConfigDict:
 def tiny() -> ConfigDict:
     """A narrow ResNet-18 on real handwritten digits, with label smoothing, Mixup and CutMix."""
     epochs = 20
-    return recipe(
+    return on_digits(
         method=classifier(
             dict(type="ResNet_CIFAR", depth=18, stem_channels=16, base_channels=16),
             10,
@@ -128,15 +136,12 @@ def tiny() -> ConfigDict:
             augments=[dict(type="Mixup", alpha=0.2), dict(type="CutMix", alpha=1.0)],
         ),
         data=digits([dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.6, 1.0))], []),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)),
         param_scheduler=warmup_cosine(epochs, 3),
         evaluators=frozen_feature_scores(accuracy=dict(type="Accuracy", topk=(1, 5))),
         evaluation=dict(interval=5, at_start=True),
         checkpoint=dict(interval=5, save_best="accuracy/top1"),
-        log_interval=20,
     )
 
 

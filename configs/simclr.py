@@ -22,15 +22,14 @@ from ml_collections import ConfigDict
 from jaxpretrain.config import pick
 from jaxpretrain.followers import probe_resnet50
 from jaxpretrain.recipes import (
-    DIGITS_MEAN_STD,
     FLIP,
     GRAYSCALE,
     LARS_EXCLUDE,
     blur,
     digits,
-    frozen_feature_scores,
     imagenet,
     jitter,
+    on_digits,
     recipe,
     two_views,
     warmup_cosine,
@@ -72,7 +71,7 @@ def tiny() -> ConfigDict:
     """A narrow ResNet-18 on real handwritten digits; the views are crops and changes of contrast."""
     epochs = 12
     crop = dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.4, 1.0))
-    return recipe(
+    return on_digits(
         method=dict(
             type="SimCLR",
             backbone=dict(type="ResNet_CIFAR", depth=18, stem_channels=16, base_channels=16),
@@ -80,18 +79,14 @@ def tiny() -> ConfigDict:
             head=dict(type="ContrastiveHead", loss=dict(type="CrossEntropyLoss"), temperature=0.2),
         ),
         data=digits(*two_views(crop, [jitter(0.6, 0.6, 0.0, 0.0)])),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(
             optimizer=dict(type="LARS", lr=1.0, weight_decay=1e-6, momentum=0.9, eta=0.02),
             paramwise_cfg=dict(custom_keys=LARS_EXCLUDE),
         ),
         param_scheduler=warmup_cosine(epochs, 2, by_iter=False),
-        evaluators=frozen_feature_scores(),
         evaluation=dict(interval=4, at_start=True),
         checkpoint=dict(interval=4),
-        log_interval=20,
     )
 
 

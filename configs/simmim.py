@@ -26,7 +26,15 @@ from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
 from jaxpretrain.followers import MASKED_ENCODER, SWIN_NO_DECAY, fine_tune, strong_augmentation
-from jaxpretrain.recipes import DIGITS_MEAN_STD, FLIP, digits, frozen_feature_scores, imagenet, recipe, warmup_cosine
+from jaxpretrain.recipes import (
+    FLIP,
+    digits,
+    frozen_feature_scores,
+    imagenet,
+    on_digits,
+    recipe,
+    warmup_cosine,
+)
 
 NO_DECAY = {
     name: dict(decay_mult=0.0) for name in ("norm", "bias", "absolute_pos_embed", "relative_position_bias_table")
@@ -91,7 +99,7 @@ def tiny() -> ConfigDict:
     Windows are of 4x4 patches. Hidden squares are of 8 pixels, the encoder's stride: 2x2 of a digit's original pixels.
     """
     epochs = 20
-    return recipe(
+    return on_digits(
         method=dict(
             type="SimMIM",
             backbone=dict(
@@ -112,8 +120,6 @@ def tiny() -> ConfigDict:
             ],
             [],
         ),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(
             optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
@@ -122,9 +128,6 @@ def tiny() -> ConfigDict:
         ),
         param_scheduler=warmup_cosine(epochs, 3),
         evaluators=frozen_feature_scores(reconstruction=dict(type="Reconstruction", num_images=12)),
-        evaluation=dict(interval=20, at_start=True),
-        checkpoint=dict(interval=10),
-        log_interval=20,
     )
 
 

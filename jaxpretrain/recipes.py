@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -120,6 +120,19 @@ def digits(pipeline: list[Cfg], device_pipeline: list[Cfg], size: int = 32) -> C
     )
 
 
+def masked_digit_pairs() -> Cfg:
+    """Handwritten digits of 24 pixels for BEiT and its kin: two pictures of one crop, and a mask of 14 of 6x6 patches."""
+    pair = dict(
+        type="RandomResizedCropAndInterpolationWithTwoPic",
+        size=24,
+        second_size=24,
+        second_interpolation="bilinear",
+        scale=(0.6, 1.0),
+    )
+    mask = dict(type="BEiTMaskGenerator", input_size=6, num_masking_patches=14, min_num_patches=4)
+    return digits([pair, mask], [], size=24)
+
+
 DIGITS_MEAN_STD: Cfg = dict(mean=(77.8, 77.8, 77.8), std=(95.9, 95.9, 95.9))
 
 
@@ -153,6 +166,21 @@ def frozen_feature_scores(**extra: Cfg) -> Cfg:
     )
 
 
+def on_digits(**fields: Any) -> ConfigDict:
+    """A `recipe` for handwritten digits: what it does not set is batches of 128, and scores of the frozen features before
+    and after.
+    """
+    usual = dict(
+        data_preprocessor=DIGITS_MEAN_STD,
+        batch_size=128,
+        evaluators=frozen_feature_scores(),
+        evaluation=dict(interval=20, at_start=True),
+        checkpoint=dict(interval=10),
+        log_interval=20,
+    )
+    return recipe(**usual | fields)
+
+
 def tiny_siamese(method: Callable[[Cfg, int], Cfg], lr: float, epochs: int = 20, **optim_wrapper: Any) -> ConfigDict:
     """Two views of real handwritten digits, crops with changes of contrast, through a narrow ResNet-18: a minute on a CPU.
 
@@ -174,18 +202,14 @@ def tiny_siamese(method: Callable[[Cfg, int], Cfg], lr: float, epochs: int = 20,
         base_channels=16,
     )
     crop = dict(type="RandomResizedCrop", scale=size, crop_ratio_range=(0.4, 1.0))
-    return recipe(
+    return on_digits(
         method=method(backbone, 64),
         data=digits(*two_views(crop, [jitter(0.6, 0.6, 0.0, 0.0)]), size=size),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=lr, momentum=0.9, weight_decay=1e-4), **optim_wrapper),
         param_scheduler=warmup_cosine(epochs, 2, by_iter=False),
-        evaluators=frozen_feature_scores(),
         evaluation=dict(at_start=True),
         checkpoint=dict(interval=5),
-        log_interval=20,
     )
 
 
@@ -195,15 +219,13 @@ def tiny_multi_crop(method: Cfg, epochs: int = 20) -> ConfigDict:
         [dict(type="RandomResizedCrop", scale=size, crop_ratio_range=part)]
         for size, part in ((24, (0.5, 1.0)), (12, (0.2, 0.5)))
     ]
-    return recipe(
+    return on_digits(
         method=method,
         data=digits(
             [dict(type="MultiView", num_views=(2, 4), transforms=crops)],
             [dict(type="MultiView", num_views=6, transforms=[[jitter(0.6, 0.6, 0.0, 0.0)]])],
             size=24,
         ),
-        data_preprocessor=DIGITS_MEAN_STD,
-        batch_size=128,
         max_epochs=epochs,
         optim_wrapper=dict(
             optimizer=dict(type="AdamW", lr=5e-4, weight_decay=0.04),
@@ -215,7 +237,6 @@ def tiny_multi_crop(method: Cfg, epochs: int = 20) -> ConfigDict:
         evaluators=frozen_feature_scores(attention=dict(type="AttentionMaps", num_images=12)),
         evaluation=dict(at_start=True),
         checkpoint=dict(interval=5),
-        log_interval=20,
     )
 
 
