@@ -178,10 +178,40 @@ _TABLE: dict[str, str] = {
     "FashionMNIST": "jaxpretrain.data.sources",
     "ArrayRecordDataset": "jaxpretrain.data.sources",
     "TFDSDataset": "jaxpretrain.data.sources",
+    "WebDataset": "jaxpretrain.data.webdataset",
+    "ParquetDataset": "jaxpretrain.data.parquet",
     "VOC": "jaxpretrain.data.voc",
+    "BaseDataset": "jaxpretrain.data.annotated",
+    "MultiLabelDataset": "jaxpretrain.data.annotated",
+    "MultiTaskDataset": "jaxpretrain.data.annotated",
+    "ImageList": "jaxpretrain.data.annotated",
+    "ConcatDataset": "jaxpretrain.data.wrappers",
+    "RepeatDataset": "jaxpretrain.data.wrappers",
+    "ClassBalancedDataset": "jaxpretrain.data.wrappers",
+    "KFoldDataset": "jaxpretrain.data.wrappers",
+    "ImageNet21k": "jaxpretrain.data.scenes_and_objects",
+    "DeepClusterImageNet": "jaxpretrain.data.sources:ImageNet",
+    "CUB": "jaxpretrain.data.fine_grained",
+    "StanfordCars": "jaxpretrain.data.fine_grained",
+    "FGVCAircraft": "jaxpretrain.data.fine_grained",
+    "Flowers102": "jaxpretrain.data.fine_grained",
+    "OxfordIIITPet": "jaxpretrain.data.fine_grained",
+    "Food101": "jaxpretrain.data.fine_grained",
+    "iNaturalist2018": "jaxpretrain.data.fine_grained",
+    "SUN397": "jaxpretrain.data.scenes_and_objects",
+    "Places205": "jaxpretrain.data.scenes_and_objects",
+    "DTD": "jaxpretrain.data.scenes_and_objects",
+    "Caltech101": "jaxpretrain.data.scenes_and_objects",
+    "InShop": "jaxpretrain.data.in_shop",
     "Subset": "jaxpretrain.data.subset",
+    "CachedDataset": "jaxpretrain.data.cache",
     # evaluators
     "Accuracy": "jaxpretrain.evaluators.accuracy",
+    "AveragePrecision": "jaxpretrain.evaluators.multi_label",
+    "MultiLabelMetric": "jaxpretrain.evaluators.multi_label",
+    "VOCAveragePrecision": "jaxpretrain.evaluators.multi_label",
+    "VOCMultiLabelMetric": "jaxpretrain.evaluators.multi_label",
+    "MultiTasksMetric": "jaxpretrain.evaluators.multi_task",
     "KNN": "jaxpretrain.evaluators.knn",
     "LinearProbe": "jaxpretrain.evaluators.linear_probe",
     "Reconstruction": "jaxpretrain.evaluators.reconstruction",
@@ -307,6 +337,9 @@ def accepted_arguments(kind: str) -> tuple[str, ...]:
         return ()
 
 
+_NO_KEYWORD = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+
+
 def _parameters(component: Callable) -> tuple[dict[str, bool], bool]:
     """The parameters of a class or function: name -> required; and whether it takes any keyword.
 
@@ -326,7 +359,7 @@ def _parameters(component: Callable) -> tuple[dict[str, bool], bool]:
         for parameter in signature.parameters.values():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 open_ended = True
-            elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL and parameter.name != "self":
+            elif parameter.kind not in _NO_KEYWORD and parameter.name != "self":
                 accepted.setdefault(parameter.name, parameter.default is inspect.Parameter.empty)
         if not open_ended:
             return accepted, False

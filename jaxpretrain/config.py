@@ -36,7 +36,8 @@ def base_config() -> ConfigDict:
             batch_size=256,
             accumulative_counts=1,
             data=dict(
-                train=dict(dataset=None, pipeline=[], device_pipeline=[]),
+                # `sampler`: dict(type='RepeatAugSampler', ...), see jaxpretrain/data/samplers.py; None: random order.
+                train=dict(dataset=None, pipeline=[], device_pipeline=[], sampler=None),
                 # How the evaluators see both splits; `train` is seen through `val`'s pipeline too.
                 val=dict(dataset=None, pipeline=[]),
                 eval_batch_size=None,  # as batch_size if None
@@ -213,12 +214,15 @@ def _fit(path: str, old: Any, value: Any) -> Any:
     return value
 
 
-def to_plain(config: Any) -> Any:
-    """The config as plain dicts, lists and scalars: what is written to config.json and compared on resume."""
+def to_plain(config: Any, *, keep_callables: bool = False) -> Any:
+    """The config as plain dicts, lists and scalars: what is written to config.json and compared on resume.
+
+    Functions and classes become their names, unless `keep_callables`: then the result can be built from.
+    """
     if isinstance(config, Mapping | ConfigDict):
-        return {str(key): to_plain(value) for key, value in config.items()}
+        return {str(key): to_plain(value, keep_callables=keep_callables) for key, value in config.items()}
     if isinstance(config, list | tuple):
-        return [to_plain(value) for value in config]
-    if isinstance(config, type) or callable(config):
-        return f"{config.__module__}.{config.__qualname__}"
+        return [to_plain(value, keep_callables=keep_callables) for value in config]
+    if callable(config) and not keep_callables:
+        return f"{config.__module__}.{getattr(config, '__qualname__', type(config).__qualname__)}"
     return config

@@ -6,7 +6,6 @@ the next one, as the uninterrupted run did.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import time
@@ -20,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxpretrain.build import ConfigError
-from jaxpretrain.data.chunks import Order
+from jaxpretrain.data.samplers import Order
 from jaxpretrain.evaluators.base import EvalContext, run_over
 from jaxpretrain.train_state import Batch, State, make_method, split
 
@@ -93,9 +92,8 @@ class Regrouping:
     def _features(self, state: State, context: EvalContext) -> np.ndarray:
         """`embed` of all images, float32 [N, D]; an image that cannot be read has the features of the one after it."""
         networks = state["params"], state["model_state"]
-        # Labels of the data are none of its business: the data may have none.
-        blind = dataclasses.replace(context, targets=lambda split: np.zeros((self.length, 0), np.int8))
-        found, _, index = run_over(blind, "train", lambda batch: self._embed(context.preprocess, *networks, batch))
+        embed = lambda batch: self._embed(context.preprocess, *networks, batch)  # noqa: E731
+        found, _, index = run_over(context, "train", embed, labelled=False)
         if len(index) == self.length:
             return found["features"]
         rows = np.searchsorted(index, np.arange(self.length))

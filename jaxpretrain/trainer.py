@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Trainer:
         self.mesh = make_mesh(config.mesh)
         self._check_fields()
         self.loader = TrainLoader(
-            to_plain(config.data.train),
+            to_plain(config.data.train, keep_callables=True),
             batch_size=config.batch_size,
             seed=config.seed,
             process_index=jax.process_index(),
@@ -276,7 +277,9 @@ class Trainer:
         return compiled
 
     def _augment(self) -> Any:
-        pipeline = DevicePipeline(to_plain(self.config.data.train.device_pipeline), **self.config.data_preprocessor)
+        pipeline = DevicePipeline(
+            to_plain(self.config.data.train.device_pipeline, keep_callables=True), **self.config.data_preprocessor
+        )
         dtype = jnp.dtype(self.config.dtype)
 
         def augment(batch: Batch, rng: jax.Array) -> Batch:
@@ -324,13 +327,22 @@ class Trainer:
             )
 
     def _check_class_count(self, method: Any) -> None:
-        classes = self.loader.num_classes if method.has_logits else None  # else its classes are of its own making
-        for _, node in nnx.iter_graph(method):
+        if not method.has_logits:  # its classes are of its own making
+            return
+        for path, node in nnx.iter_graph(method):
             own = getattr(node, "num_classes", None) if isinstance(node, ClsHead) else None
-            if classes and own is not None and own < classes:
+            if own is None:
+                continue
+            classes: Any = self.loader.num_classes
+            label: Any = self.loader.label
+            for task in [after for name, after in itertools.pairwise(path) if name == "task_heads"]:
+                classes, label = (part.get(task) if isinstance(part, Mapping) else None for part in (classes, label))
+            several = isinstance(label, np.ndarray)  # then each has a number of its own, and none may be left over
+            if isinstance(classes, int) and (own < classes or (several and own != classes)):
+                place = ".".join(map(str, path))
                 raise ConfigError(
                     f"The head has {own} classes, but the data set has {classes}: "
-                    f"set --config.method.model.head.num_classes={classes}"
+                    f"set --config.method.{place}.num_classes={classes}"
                 )
 
 

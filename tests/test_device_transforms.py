@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from scipy.ndimage import correlate1d
 
 from jaxpretrain.build import ConfigError
-from jaxpretrain.data import device
+from jaxpretrain.data import device, device_colour
 from jaxpretrain.data.device import DevicePipeline
 from tests.parity import GOLDEN, load_golden
 
@@ -95,7 +95,7 @@ def jitter_pins(name: str) -> dict:
 def test_color_jitter_is_pillows(name):
     pins = jitter_pins(name)
     order = jnp.array(pins.pop("order"))
-    ours = jax.jit(lambda image, order: device.color_jitter(image, order, **pins))(IMAGE, order)
+    ours = jax.jit(lambda image, order: device_colour.color_jitter(image, order, **pins))(IMAGE, order)
     assert np.array_equal(ours, np.round(ours)) and ours.min() >= 0 and ours.max() <= 255
     off = difference(ours, name)
     if name.startswith("colortr"):
@@ -110,7 +110,7 @@ def test_color_jitter_is_pillows(name):
 
 
 def test_color_jitter_reads_the_order():
-    jitter = jax.jit(lambda order, *factors: device.color_jitter(IMAGE, order, *factors))
+    jitter = jax.jit(lambda order, *factors: device_colour.color_jitter(IMAGE, order, *factors))
     first = jitter(jnp.array([3, 1, 0, 2]), 1.4, 0.6, 1.0)
     second = jitter(jnp.array([2, 0, 3, 1]), 1.4, 0.6, 1.0)
     grey = np.asarray(IMAGE @ np.array([0.299, 0.587, 0.114], np.float32)).mean()
@@ -121,7 +121,7 @@ def test_color_jitter_reads_the_order():
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("solarize")])
 def test_solarize(name):
-    assert difference(device.solarize(IMAGE, CASES[name]["config"]["thr"]), name).max() == 0
+    assert difference(device_colour.solarize(IMAGE, CASES[name]["config"]["thr"]), name).max() == 0
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("flip")])
@@ -133,7 +133,7 @@ def test_flip(name):
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("grayscale")])
 def test_grayscale(name):
     # The reference cuts fractions off.
-    off = difference(device.grayscale(IMAGE, CASES[name]["config"]["channel_weights_rgb"]), name)
+    off = difference(device_colour.grayscale(IMAGE, CASES[name]["config"]["channel_weights_rgb"]), name)
     assert off.max() < 1 + 1e-3
 
 
@@ -151,7 +151,7 @@ def test_blur_is_a_gaussian(sigma):
     expected = IMAGE.astype(np.float64)
     for axis in (0, 1):
         expected = correlate1d(expected, kernel / kernel.sum(), axis=axis, mode="nearest")
-    ours = jax.jit(lambda image, s: device.gaussian_blur(image, s, 6))(IMAGE, sigma)
+    ours = jax.jit(lambda image, s: device_colour.gaussian_blur(image, s, 6))(IMAGE, sigma)
     assert np.abs(ours - expected).max() < 1e-5 * 255
     # Pillow's three rounded box blurs; most different at 0.7, where 0.67 on average and 4.9 were measured on this
     # image, part of which is noise.
@@ -314,7 +314,7 @@ def test_config_dict_and_callables():
     ("cfg", "message"),
     [
         (dict(type="ColourJitter"), "'ColourJitter' does not run on the device. Did you mean 'ColorJitter'"),
-        (dict(type="RandomResizedCrop", scale=224), "belongs in `pipeline`, on the host"),
+        (dict(type="ResizeEdge", scale=224), "belongs in `pipeline`, on the host"),
         (dict(type="ColorJitter", brightnes=0.4), "no argument 'brightnes'. Did you mean 'brightness'"),
         (dict(type="GaussianBlur", sigma=2), "GaussianBlur has no argument 'sigma'"),
         (dict(type="ColorJitter", hue=0.6), "hue=0.6 leaves the range"),

@@ -16,7 +16,7 @@ from jaxpretrain import FeatureExtractor, ImageClassificationInferencer, get_mod
 from jaxpretrain.build import ConfigError
 from jaxpretrain.cli import ExpectedFailure
 from jaxpretrain.data.class_names import class_names
-from jaxpretrain.data.transforms import build_pipeline
+from jaxpretrain.data.host_transforms import build_pipeline
 from jaxpretrain.inference import ImageError, jit, load_image
 from jaxpretrain.inference.compiled import normalize
 from jaxpretrain.interop import export, files

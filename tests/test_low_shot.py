@@ -44,10 +44,7 @@ def blobs(seed=0, classes=4, count=40, dims=6, multi=False):
 
 def context_of(train, val, classes, seed=0):
     """A context that hands these features out; multi-label if the labels have two axes."""
-    splits = {
-        name: (np.zeros((len(y), 1, 1, 3), np.uint8), y if y.ndim == 1 else np.full(len(y), -1))
-        for name, (_, y) in (("train", train), ("val", val))
-    }
+    splits = {name: (np.zeros((len(y), 1, 1, 3), np.uint8), y) for name, (_, y) in (("train", train), ("val", val))}
     context = make_context(splits, batch_size=8, num_classes=classes, seed=seed)
     banks = {"train": jnp.asarray(train[0]), "val": jnp.asarray(val[0])}
     loader = context.loader
@@ -58,8 +55,6 @@ def context_of(train, val, classes, seed=0):
 
     context.loader = tagged
     context.features = lambda state, batch: batch["bank"][batch["index"]]
-    if train[1].ndim > 1:
-        context.targets = {"train": train[1], "val": val[1]}.get
     return context
 
 

@@ -92,9 +92,11 @@ def test_batches(good):
     assert loader.steps_per_epoch == 5 and loader.num_classes == 2 and len(loader.source) == 41
     batches = take(loader, 10)
     for batch in batches:
-        assert set(batch) == {"image", "label", "index", "epoch"}
+        assert set(batch) == {"image", "label", "index", "epoch", "repeat"}
         assert batch["image"].shape == (8, 8, 8, 3) and batch["image"].dtype == np.uint8
-        assert all(batch[key].shape == (8,) and batch[key].dtype == np.int32 for key in ("label", "index", "epoch"))
+        assert all(
+            batch[key].shape == (8,) and batch[key].dtype == np.int32 for key in ("label", "index", "epoch", "repeat")
+        )
         assert (batch["label"] == (batch["index"] > 20)).all()
     for epoch in range(2):
         part = batches[5 * epoch : 5 * epoch + 5]
@@ -108,7 +110,7 @@ def test_batches(good):
 def test_pixels_are_those_of_the_sample(good):
     """Decoding and transforms by hand, from (seed, epoch, index) alone."""
     batch = take(TrainLoader(good, batch_size=8, seed=1), 7)[6]
-    from jaxpretrain.data.transforms import build_pipeline
+    from jaxpretrain.data.host_transforms import build_pipeline
 
     source = TrainLoader(good, batch_size=8).source
     for row in range(8):
@@ -225,6 +227,22 @@ def test_resume_with_other_hosts(good):
     loader = TrainLoader(good, batch_size=8, process_count=4, process_index=3)
     loader.set_state(state)
     assert (take(loader, 2)[1]["image"] == expected[5]["image"][6:]).all()
+
+
+def test_a_run_that_moves_between_hosts_sees_each_sample_once(good):
+    """One host for the first batches of an epoch, two for the next, then four: together the epoch, and then the next one."""
+    options, seen, step = dict(batch_size=4, seed=9), [], 0
+    for hosts, steps in ((1, 3), (2, 4), (4, 3), (1, 2), (2, 8)):
+        loaders = [TrainLoader(good, **options, process_index=p, process_count=hosts) for p in range(hosts)]
+        for loader in loaders:
+            loader.set_state(json.loads(json.dumps(TrainLoader(good, **options).get_state(step))))
+        for parts in zip(*(take(loader, steps) for loader in loaders), strict=True):
+            seen.append({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
+        step += steps
+    assert same(seen, take(TrainLoader(good, **options), 20))
+    for epoch in range(2):
+        indices = np.concatenate([batch["index"] for batch in seen[10 * epoch : 10 * epoch + 10]])
+        assert len(set(indices)) == 40 and (np.concatenate([b["epoch"] for b in seen])[:40] == 0).all()
 
 
 def test_a_state_of_another_run_is_refused(good):

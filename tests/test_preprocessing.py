@@ -16,7 +16,8 @@ from PIL import Image
 from jaxpretrain.build import ConfigError
 from jaxpretrain.data import decode as decoding
 from jaxpretrain.data.decode import BadImage, decode
-from jaxpretrain.data.transforms import EfficientNetCenterCrop, build_pipeline
+from jaxpretrain.data.efficientnet_crops import EfficientNetCenterCrop
+from jaxpretrain.data.host_transforms import build_pipeline
 
 from .parity import load_golden
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxpretrain.build import ConfigError
-from jaxpretrain.data.transforms import build_pipeline
+from jaxpretrain.data.host_transforms import build_pipeline
 from jaxpretrain.methods.relative_loc import RelativeLocNeck
 from tests.method_cases import CASES
 

@@ -52,31 +52,36 @@ def make_voc(root, objects=OBJECTS, split="trainval", class_files=True, seed=0):
 def test_labels_from_class_files_and_from_annotations_agree(tmp_path, class_files):
     data = build(dict(type="VOC", data_root=str(make_voc(tmp_path, class_files=class_files))))
     assert len(data) == 4 and data.num_classes == 20 and data.classes == CLASSES
-    np.testing.assert_array_equal(data.targets, EXPECTED)
-    assert data.targets.dtype == np.int8
+    np.testing.assert_array_equal(data.labels, EXPECTED)
+    assert data.labels.dtype == np.int8
 
 
 def test_samples_are_the_files(tmp_path):
     data = build(dict(type="VOC", data_root=str(make_voc(tmp_path)), test_mode=True))
     sample = data[1]
-    assert sample["label"] == -1 and sample["path"].endswith("JPEGImages/000002.jpg") == data.name(1).endswith("2.jpg")
+    np.testing.assert_array_equal(sample["label"], EXPECTED[1])
+    assert sample["path"].endswith("JPEGImages/000002.jpg") == data.name(1).endswith("2.jpg")
     assert np.asarray(Image.open(io.BytesIO(sample["image"]))).shape == (20, 30, 3)
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(data)).targets, data.targets)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(data)).labels, data.labels)
     split = dict(dataset=dict(type="VOC", data_root=str(tmp_path)), pipeline=[dict(type="Resize", scale=(8, 8))])
     batch = next(iter(EvalLoader(split, batch_size=4)))
     assert batch["image"].shape == (4, 8, 8, 3) and batch["valid"].all()
-    assert batch["index"].tolist() == [0, 1, 2, 3]
+    assert batch["index"].tolist() == [0, 1, 2, 3] and batch["label"].dtype == np.int8
+    np.testing.assert_array_equal(batch["label"], EXPECTED)
 
 
 def test_other_lists_splits_and_images_alone(tmp_path):
     make_voc(tmp_path, class_files=False)
     (tmp_path / "mine.txt").write_text("000003\n000001\n")
     data = build(dict(type="VOC", data_root=str(tmp_path), image_set_path="mine.txt"))
-    np.testing.assert_array_equal(data.targets, EXPECTED[[2, 0]])
+    np.testing.assert_array_equal(data.labels, EXPECTED[[2, 0]])
     make_voc(tmp_path, {"000009": [("bus", 0)]}, split="test")
     assert len(build(dict(type="VOC", data_root=str(tmp_path), split="test"))) == 1
     alone = build(dict(type="VOC", data_root=str(tmp_path), data_prefix="JPEGImages"))
-    assert alone.targets is None and len(alone) == 4
+    assert alone.labels is None and len(alone) == 4 and alone[0]["label"] == -1
+    part = build(dict(type="VOC", data_root=str(tmp_path), indices=[3, 1]))
+    np.testing.assert_array_equal(part.labels, EXPECTED[[3, 1]])
+    assert part.name(1).endswith("000002.jpg")
 
 
 def test_mistakes_are_named(tmp_path):
@@ -109,7 +114,7 @@ def test_mistakes_are_named(tmp_path):
 
 def test_subsets_are_balanced_nested_and_a_function_of_the_seed():
     def indices(**options):
-        return build(dict(type="Subset", dataset=dict(type="Digits"), **options)).indices
+        return build(dict(type="Subset", dataset=dict(type="Digits"), **options)).rows
 
     one, ten = indices(fraction=0.01), indices(fraction=0.1)
     whole = build(dict(type="Digits"))

@@ -13,7 +13,7 @@ import jaxpretrain.build
 from jaxpretrain import cli, get_model
 from jaxpretrain.build import ConfigError, abstract, register
 from jaxpretrain.data.class_names import class_names
-from jaxpretrain.data.transforms import build_pipeline
+from jaxpretrain.data.host_transforms import build_pipeline
 from jaxpretrain.interop import mmpretrain as hub
 from jaxpretrain.zoo import ModelInfo, index, list_models, model_info
 from jaxpretrain.zoo.__main__ import main as list_command

@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxpretrain.build import ConfigError, resolve
 from jaxpretrain.config import load_config, to_plain
-from jaxpretrain.data import device, transforms
+from jaxpretrain.data import device, host_transforms
 from jaxpretrain.interop import mmpretrain
 from jaxpretrain.interop.weights import read_weights
 from jaxpretrain.optim import learning_rates, weight_decays
@@ -106,9 +106,10 @@ def defaults(component: Any) -> dict[str, Any]:
 
 
 def component(kind: Any) -> Any:
-    for table in (transforms.TRANSFORMS, device.TRANSFORMS):
-        if kind in table:
-            return table[kind]
+    if kind in host_transforms.TRANSFORMS:
+        return host_transforms.host_transform(kind)
+    if kind in device.TRANSFORMS:
+        return device.TRANSFORMS[kind]
     try:
         return resolve(kind)
     except (ConfigError, ImportError, AttributeError):

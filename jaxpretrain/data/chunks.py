@@ -6,25 +6,26 @@ So neither the number of workers, nor where a run was interrupted, changes a pix
 from __future__ import annotations
 
 import dataclasses
-import functools
 import multiprocessing
 import pickle
-import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxpretrain.build import ConfigError
+from jaxpretrain.data.base import Label
 from jaxpretrain.data.decode import BadImage, as_rgb
-from jaxpretrain.data.transforms import Pipeline
+from jaxpretrain.data.host_transforms import Pipeline
+from jaxpretrain.data.labels import canonical
+from jaxpretrain.data.samplers import Order, epoch_of, permutation, size_of
+from jaxpretrain.data.seeds import SAMPLE, SUBSTITUTE, generator
 
 # Samples: large enough to hide the cost of handing over (about 1 ms between processes), small enough to share out.
 CHUNK = 32
 SUBSTITUTES = 100  # candidates tried in place of a bad image; all bad means that nearly everything is
-ORDER, SAMPLE, SUBSTITUTE = 1, 2, 3  # what a random stream is for: keeps (seed, epoch) and (seed, epoch, index) apart
 
 ARRAYS = ("image", "mask")  # what a batch has of each sample besides numbers: uint8 [H,W,3] or views, integers [h,w]
 
@@ -37,9 +38,10 @@ class Rows:
     """
 
     row: list[int] = dataclasses.field(default_factory=list)
-    label: list[int] = dataclasses.field(default_factory=list)
+    label: list[Label] = dataclasses.field(default_factory=list)
     index: list[int] = dataclasses.field(default_factory=list)
     epoch: list[int] = dataclasses.field(default_factory=list)
+    repeat: list[int] = dataclasses.field(default_factory=list)
     bad: list[tuple[int, str]] = dataclasses.field(default_factory=list)  # (index, reason)
     error: Exception | None = None
 
@@ -50,17 +52,17 @@ class Reader:
     def __init__(self, source: Any, transform: Pipeline, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
 
-    def read(self, epoch: int, index: int) -> tuple[dict[str, Any], int]:
-        """(arrays, label) of sample `index` as it looks in this epoch: `image`, or its views, and `mask` if a transform
-        made one. Raises BadImage.
+    def read(self, epoch: int, index: int, repeat: int = 0) -> tuple[dict[str, Any], Label]:
+        """(arrays, label) of sample `index` as it looks in this epoch, when the epoch has had it `repeat` times before:
+        `image`, or its views, and `mask` if a transform made one. Raises BadImage.
         """
         try:
             sample = self.source[index]
         except OSError as error:
             raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
-        sample = {**sample, "image": as_rgb(sample["image"]), "index": index, "epoch": epoch}
-        sample = self.transform(sample, generator(SAMPLE, self.seed, epoch, index))
-        return {name: sample[name] for name in ARRAYS if name in sample}, int(sample.get("label", -1))
+        sample = {**sample, "image": as_rgb(sample["image"], self.transform.scaled), "index": index, "epoch": epoch}
+        sample = self.transform(sample, generator(SAMPLE, self.seed, epoch, index, repeat))
+        return {name: sample[name] for name in ARRAYS if name in sample}, canonical(sample.get("label", -1))
 
     def candidates(self, epoch: int, index: int) -> Iterator[int]:
         """`index`, then what replaces it should it be bad, and so on."""
@@ -70,20 +72,29 @@ class Reader:
             yield int(rng.integers(len(self.source)))
 
 
-class Chunks:
-    """Computes chunk `number`. `plan(number)` lists its samples as (row, epoch, index)."""
+class Place(NamedTuple):
+    """A sample in a chunk: its row in the batch of this host, its number, and how often the epoch has had it before."""
 
-    def __init__(self, reader: Reader, plan: Callable[[int], list[tuple[int, int, int]]], replace: bool):
+    row: int
+    epoch: int
+    sample: int
+    repeat: int = 0
+
+
+class Chunks:
+    """Computes chunk `number`, which has the samples `plan(number)`."""
+
+    def __init__(self, reader: Reader, plan: Callable[[int], list[Place]], replace: bool):
         self.reader, self.plan, self.replace = reader, plan, replace
 
     def __call__(self, number: int) -> dict[str, Any]:
         """`rows` (Rows), and `arrays`: a dict of them, stacked; None where there are no rows."""
         rows, samples, stacked = Rows(), [], None
         try:
-            for row, epoch, index in self.plan(int(number)):
+            for row, epoch, index, repeat in self.plan(int(number)):
                 for candidate in self.reader.candidates(epoch, index):
                     try:
-                        arrays, label = self.reader.read(epoch, candidate)
+                        arrays, label = self.reader.read(epoch, candidate, repeat)
                     except BadImage as reason:
                         rows.bad.append((candidate, str(reason)))
                         if self.replace:
@@ -94,6 +105,7 @@ class Chunks:
                     rows.label.append(label)
                     rows.index.append(candidate)
                     rows.epoch.append(epoch)
+                    rows.repeat.append(repeat)
                     break
             stacked = {name: _stack([sample[name] for sample in samples]) for name in samples[0]} if samples else None
         except Exception as error:
@@ -103,7 +115,7 @@ class Chunks:
 
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
-    """Epoch after epoch in its order, a permutation if there is none; host p has rows p*b..(p+1)*b of each global batch."""
+    """Epoch after epoch in its order; host p has rows p*b..(p+1)*b of each global batch."""
 
     length: int
     seed: int
@@ -111,15 +123,15 @@ class TrainPlan:
     local: int
     process_index: int
     chunk: int
-    order: Order | None = None
+    order: Order = permutation
 
-    def __call__(self, number: int) -> list[tuple[int, int, int]]:
+    def __call__(self, number: int) -> list[Place]:
         step, part = divmod(number, -(-self.local // self.chunk))
-        epoch, step = divmod(step, self.length // self.batch_size)
+        epoch, step = divmod(step, size_of(self.order, self.length) // self.batch_size)
         rows = range(part * self.chunk, min((part + 1) * self.chunk, self.local))
         start = step * self.batch_size + self.process_index * self.local
-        order = epoch_order(self.order or permutation, self.seed, epoch, self.length)
-        return [(row, epoch, int(order[start + row])) for row in rows]
+        samples = epoch_of(self.order, self.seed, epoch, self.length)
+        return [Place(row, epoch, *samples.at(start + row)) for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,71 +144,11 @@ class EvalPlan:
     process_index: int
     chunk: int
 
-    def __call__(self, number: int) -> list[tuple[int, int, int]]:
+    def __call__(self, number: int) -> list[Place]:
         step, part = divmod(number, -(-self.local // self.chunk))
         start = step * self.batch_size + self.process_index * self.local
         rows = range(part * self.chunk, min((part + 1) * self.chunk, self.local, len(self.indices) - start))
-        return [(row, 0, int(self.indices[start + row])) for row in rows]
-
-
-# (seed, epoch, length) -> the samples of an epoch, indices [length] in 0..length-1: a pure function, that can be hashed and
-# pickled.
-Order = Callable[[int, int, int], Int[np.ndarray, " n"]]
-
-_order_lock = threading.Lock()
-
-
-def epoch_order(order: Order, seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
-    """`order(seed, epoch, length)`, read-only; kept for the next call."""
-    with _order_lock:  # threads that enter an epoch together compute it once
-        return _epoch_order(order, seed, epoch, length)
-
-
-@functools.lru_cache(maxsize=3)  # two epochs are in use around their border
-def _epoch_order(order: Order, seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
-    indices = order(seed, epoch, length)
-    indices.flags.writeable = False
-    return indices
-
-
-def permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
-    """Every sample once, int32 or int64."""
-    order = np.arange(length, dtype=np.int32 if length < 2**31 else np.int64)
-    generator(ORDER, seed, epoch, 0).shuffle(order)
-    return order
-
-
-@dataclasses.dataclass(frozen=True)
-class ReplacementOrder:
-    """Every sample is drawn from all of them."""
-
-    def __call__(self, seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
-        return generator(ORDER, seed, epoch, 0).integers(length, size=length, dtype=np.int64)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class UniformOrder:
-    """Every cluster as often as every other: its samples once at most where it has enough of them, else with repetition
-    (DeepCluster, section 3.3).
-
-    Args:
-        labels: the cluster of each sample.
-    """
-
-    labels: Int[np.ndarray, " n"]
-
-    def __call__(self, seed: int, epoch: int, length: int) -> Int[np.ndarray, " n"]:
-        rng = generator(ORDER, seed, epoch, 0)
-        by_cluster = np.argsort(self.labels, kind="stable")
-        members = np.split(by_cluster, np.flatnonzero(np.diff(self.labels[by_cluster])) + 1)
-        share = -(-length // len(members))
-        drawn = np.concatenate([rng.choice(m, share, replace=len(m) < share) for m in members])
-        rng.shuffle(drawn)
-        return drawn[:length]
-
-
-def generator(purpose: int, seed: int, epoch: int, index: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, index, purpose])))
+        return [Place(row, 0, int(self.indices[start + row])) for row in rows]
 
 
 def _stack(images: list[Any]) -> Any:

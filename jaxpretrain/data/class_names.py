@@ -29,6 +29,7 @@ _ALSO_CALLED: dict[str, tuple[str, ...]] = {
     "caltech101": (),  # with its background class: 102 names
     "food101": (),
     "oxford_pets": ("OxfordIIITPet",),
+    "flowers102": ("Oxford 102 Flowers",),  # MMPretrain has none; these are VGG's, in the order of the labels
 }
 DATASETS: tuple[str, ...] = tuple(_ALSO_CALLED)
 

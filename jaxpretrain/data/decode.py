@@ -7,6 +7,9 @@ import io
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxpretrain.data.image_ops import Box
+from jaxpretrain.data.lazy_image import LazyImage
+
 try:  # two to three times as fast as Pillow; without it everything still works
     import simplejpeg
 except ImportError:  # pragma: no cover
@@ -41,11 +44,76 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     return _decode_pillow(data)
 
 
-def as_rgb(image: bytes | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-    """What a source gives as `image`: encoded bytes, or uint8 pixels [H,W], [H,W,1] or [H,W,3]. Raises BadImage."""
+class ScaledJPEG(LazyImage):
+    """A JPEG that is decoded at 1/2, 1/4 or 1/8 of its size where a crop shrinks it that far: its inverse DCT is then
+    one of fewer frequencies, and the rest of the work is on fewer pixels.
+
+    A pixel is then the mean of a square of 4, 16 or 64, nearly; the edges of a crop move to the nearest of these pixels.
+    Several crops share what has been decoded, so one may come sharper than alone.
+    """
+
+    def __init__(self, data: bytes, height: int, width: int):
+        self._data, self._orientation = data, _jpeg_orientation(data)
+        self._turned = self._orientation in (5, 6, 7, 8)
+        self.shape = (width, height, 3) if self._turned else (height, width, 3)
+        self._decoded: dict[int, np.ndarray] = {}
+
+    def crop(self, box: Box, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
+        height, width = self.shape[:2]
+        top, left = max(box.top, 0), max(box.left, 0)
+        bottom, right = min(box.top + box.height, height), min(box.left + box.width, width)
+        wanted = size or (right - left, bottom - top)
+        factor = next(f for f in FACTORS if (right - left >= f * wanted[0] and bottom - top >= f * wanted[1]) or f == 1)
+        factor = next((f for f in FACTORS if f <= factor and f in self._decoded), factor)
+        if factor not in self._decoded:
+            self._decoded[factor] = self._decode(factor)
+        top, left, bottom, right = ((2 * edge + factor) // (2 * factor) for edge in (top, left, bottom, right))
+        return self._decoded[factor][top:bottom, left:right]
+
+    def _decode(self, factor: int) -> UInt8[np.ndarray, "h w 3"]:
+        height, width = (-(-length // factor) for length in (self.shape[1::-1] if self._turned else self.shape[:2]))
+        try:
+            pixels = simplejpeg.decode_jpeg(self._data, "RGB", min_height=height, min_width=width)
+        except ValueError:
+            pixels = None  # defects, which Pillow judges
+        if pixels is None or pixels.shape != (height, width, 3):
+            return _shrunk(_decode_pillow(self._data), factor)
+        return _orient(pixels, self._orientation)
+
+
+FACTORS = (8, 4, 2, 1)
+
+
+def _shrunk(image: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray, "h w 3"]:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).reduce(factor)) if factor > 1 else image
+
+
+def decode_lazily(data: bytes) -> UInt8[np.ndarray, "h w 3"] | ScaledJPEG:
+    """As `decode`, but a JPEG is a ScaledJPEG; other files are read at once."""
+    if simplejpeg is not None and data[:3] == b"\xff\xd8\xff":
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            return decode(data)
+        if colorspace not in ("CMYK", "YCCK") and height * width <= MAX_PIXELS:
+            return ScaledJPEG(data, height, width)
+    return decode(data)
+
+
+def as_rgb(image: bytes | np.ndarray | LazyImage, scaled: bool = False) -> UInt8[np.ndarray, "h w 3"] | LazyImage:
+    """What a source gives as `image`: encoded bytes, uint8 pixels [H,W], [H,W,1] or [H,W,3], or a LazyImage, which stays
+    one. `scaled` leaves JPEGs encoded too. Raises BadImage.
+    """
+    if isinstance(image, LazyImage):
+        return image
     if isinstance(image, bytes | bytearray | memoryview):
-        return decode(bytes(image))
-    image = np.asarray(image)
+        return decode_lazily(bytes(image)) if scaled else decode(bytes(image))
+    return _three_channels(np.asarray(image))
+
+
+def _three_channels(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     if image.ndim == 2:
         image = image[..., None]
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3) or 0 in image.shape:
@@ -127,7 +195,7 @@ def _to_rgb(image, jpeg: bool) -> UInt8[np.ndarray, "h w 3"]:
     """A Pillow image of any mode as RGB. `jpeg`: it was read from a JPEG file."""
     if image.mode.startswith("I"):  # 16 bits, in `I;16*` or in the 32 bits of `I`
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return as_rgb(grey)
+        return _three_channels(grey)
     if image.mode == "F":
         raise BadImage("floating-point pixels have no fixed range")
     if image.mode == "CMYK" and jpeg:

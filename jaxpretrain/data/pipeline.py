@@ -24,9 +24,11 @@ import numpy as np
 
 from jaxpretrain.build import ConfigError, build
 from jaxpretrain.cli import ExpectedFailure
-from jaxpretrain.data.chunks import CHUNK, SUBSTITUTES, Chunks, EvalPlan, Order, Reader, Rows, TrainPlan, refuse_shapes
+from jaxpretrain.data import labels
+from jaxpretrain.data.chunks import CHUNK, SUBSTITUTES, Chunks, EvalPlan, Reader, Rows, TrainPlan, refuse_shapes
 from jaxpretrain.data.decode import BadImage
-from jaxpretrain.data.transforms import build_pipeline
+from jaxpretrain.data.host_transforms import build_pipeline
+from jaxpretrain.data.samplers import Order, build_sampler, permutation, size_of
 
 Batch = dict[str, Any]
 
@@ -128,7 +130,8 @@ class _Loader:
     def _assemble(self, chunks: Iterator[dict[str, Any]], step: int) -> Batch:
         """The next batch; `chunks` stands at its first chunk. Rows without a sample: zero, label and index -1."""
         size = self.local_batch_size
-        columns = {name: np.full(size, -1, np.int32) for name in ("label", "index", "epoch")}
+        columns = {name: np.full(size, -1, np.int32) for name in ("index", "epoch", "repeat")}
+        label = labels.column(self.label, size)
         valid = np.zeros(size, bool)
         zeros = lambda view: np.zeros((size, *view.shape), view.dtype)  # noqa: E731
         arrays = {name: _map(zeros, one) for name, one in self.example.items()}
@@ -145,18 +148,19 @@ class _Loader:
             for name, array in arrays.items():
                 _put(array, where, chunk["arrays"][name])
             valid[where] = True
+            labels.put(label, where, rows.label)
             for name, column in columns.items():
                 column[where] = getattr(rows, name)
-        return {**arrays, **columns, "valid": valid}
+        return {**arrays, "label": label, **columns, "valid": valid}
 
     def _find_example(self) -> Any:
-        """The arrays of one sample: the shapes of all, and a first test of the pipeline."""
+        """The arrays of one sample (and `label`, its label): the shapes of all, and a first test of the pipeline."""
         if not self.length:
             raise ConfigError(f"the data set {self.source!r} is empty")
         last = ""
         for candidate in self._reader.candidates(0, 0):
             try:
-                example = self._reader.read(0, candidate)[0]
+                example, self.label = self._reader.read(0, candidate)
             except BadImage as reason:
                 last = f"{self._name(candidate)}: {reason}"
                 continue
@@ -198,18 +202,21 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """Endless iterator over the batches of this host, in a new random order each epoch.
+    """Endless iterator over the batches of this host, in the order of the sampler: a new random one each epoch.
 
     A batch is a dict of NumPy arrays with b = batch_size / process_count rows: `image` uint8 [b,H,W,3] (a tuple of them
-    after MultiView), `label`, `index`, `epoch` int32 [b]. Epoch e is a permutation of the data set that (seed, e)
-    determines, without the rest that does not fill a batch; the concatenation over hosts does not depend on how many
-    there are. The transforms of a sample draw from a generator seeded by (seed, epoch, index).
+    after MultiView), `label` int32 [b] (see labels.py for data whose labels are not one integer), `index`, `epoch`
+    and `repeat` int32 [b]. Epoch e is what the sampler makes of (seed, e), a permutation of the data set unless there is
+    one, without the rest that does not fill a batch; the concatenation over hosts does not depend on how many there are.
+    `repeat` is how often the epoch has had the sample before. The transforms of a sample draw from a generator seeded by
+    (seed, epoch, index, repeat).
 
     An image that cannot be decoded is logged once and replaced by another, whose label and index the batch then
     carries.
 
     Args:
-        split_cfg: dict(dataset=..., pipeline=[...]); other keys are not looked at.
+        split_cfg: dict(dataset=..., pipeline=[...], sampler=None or dict(type=...), see samplers.py); other keys are not
+            looked at.
         batch_size: of all hosts together.
         seed: of order, transforms and replacements.
         process_index, process_count: this host and how many there are.
@@ -247,13 +254,18 @@ class TrainLoader(_Loader):
             prefetch=prefetch,
             max_bad=max_bad,
         )
-        if self.length < batch_size:
+        order = build_sampler(dict(split_cfg).get("sampler"), self.source, batch_size)
+        samples = size_of(order, self.length)
+        if samples < batch_size:
             raise ConfigError(
-                f"the data set has {self.length} samples, fewer than one batch of batch_size={batch_size}; lower "
-                "--config.batch_size"
+                f"the data set has {self.length} samples"
+                + (f", and the sampler takes {samples} of them" if samples != self.length else "")
+                + f", fewer than one batch of batch_size={batch_size}; lower --config.batch_size"
             )
-        self.steps_per_epoch: int = self.length // batch_size
-        self._plan = TrainPlan(self.length, self.seed, batch_size, self.local_batch_size, process_index, self._chunk)
+        self.steps_per_epoch: int = samples // batch_size
+        self._plan = TrainPlan(
+            self.length, self.seed, batch_size, self.local_batch_size, process_index, self._chunk, order
+        )
         self._chunks = Chunks(self._reader, self._plan, replace=True)
         self._step = 0  # number of the next batch
 
@@ -277,12 +289,19 @@ class TrainLoader(_Loader):
         return batch
 
     def set_order(self, order: Order | None, step: int) -> None:
-        """Goes on after `step` batches, with epochs in another order; None: each sample once, at random.
+        """Goes on after `step` batches, with epochs in another order; None: that of the sampler.
 
         The order is no part of the state: whoever restores that, sets it again.
+
+        Raises:
+            ConfigError: there is a sampler already.
         """
+        if order is not None and self._plan.order is not permutation:
+            raise ConfigError("the method orders its samples itself: remove data.train.sampler")
         self.close()
-        self._chunks = Chunks(self._reader, dataclasses.replace(self._plan, order=order), replace=True)
+        self._chunks = Chunks(
+            self._reader, dataclasses.replace(self._plan, order=order or self._plan.order), replace=True
+        )
         self._step = step
 
     def get_state(self, step: int) -> dict[str, Any]:
@@ -318,7 +337,8 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """The data set once, in order, at each `iter()`; batches of one static shape.
 
-    A batch is as TrainLoader's, with `valid` bool [b] and without `epoch`. Rows that are missing in the last batch, and
+    A batch is as TrainLoader's, with `valid` bool [b] and without `epoch` and
+    `repeat`. Rows that are missing in the last batch, and
     images that cannot be decoded, are zero with label and index -1 and `valid` False. All hosts yield the same number
     of batches. Random transforms draw from (0, 0, index): every pass sees the same pixels.
 
@@ -370,7 +390,7 @@ class EvalLoader(_Loader):
         try:
             for step in range(len(self)):
                 batch = self._assemble(iterator, step)
-                del batch["epoch"]
+                del batch["epoch"], batch["repeat"]
                 yield batch
         finally:
             if iterator in self._running:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import glob
 import os
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxpretrain.build import ConfigError
 from jaxpretrain.data.base import InMemory, Sample, Source, check_split, read_classes
 from jaxpretrain.data.binary_formats import CIFAR10, CIFAR100, MNIST, FashionMNIST
+from jaxpretrain.data.class_names import class_names
+from jaxpretrain.data.image_files import ImageFiles
+from jaxpretrain.data.layout import layout_error
+from jaxpretrain.data.listing import Paths, list_images
 from jaxpretrain.data.records import ArrayRecordDataset, TFDSDataset, write_array_record
 
 __all__ = [
@@ -40,9 +46,10 @@ class Digits(InMemory):
     Args:
         split: `train` or `val`.
         size: edge length to which the images are enlarged once, by Pillow's bicubic filter; None keeps 8.
+        common: see Source.
     """
 
-    def __init__(self, split: str = "train", size: int | None = None):
+    def __init__(self, split: str = "train", size: int | None = None, **common: Any):
         from sklearn.datasets import load_digits
 
         check_split("Digits", split, ("train", "val"))
@@ -55,102 +62,115 @@ class Digits(InMemory):
 
             enlarge = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images]
             images = np.stack([np.asarray(image) for image in enlarge])
-        super().__init__(images, digits.target[order], [str(name) for name in digits.target_names])
+        super().__init__(images, digits.target[order], **{"classes": map(str, digits.target_names), **common})
 
 
-class CustomDataset(Source):
+class CustomDataset(ImageFiles):
     """Image files: in one sub-folder per class, or listed in a text file; with labels or without.
 
     - No `ann_file`, `with_label=True`: every folder directly under `data_root/data_prefix` is a class, in the order of
       the names; images may lie deeper. `with_label=False`: all images under it.
     - `ann_file`: lines of `path label`, the label an integer from 0, or of `path` alone with `with_label=False`. Paths
-      are relative to `data_root/data_prefix`.
+      are relative to `data_root/data_prefix`. Several files are read one after another.
 
     Args:
         data_root: folder to which `data_prefix` and `ann_file` refer.
         data_prefix: folder of the images; a mapping gives it as `img_path`.
-        ann_file: the text file.
-        with_label: whether there are labels; labels are -1 otherwise.
+        ann_file: the text file or files.
+        with_label: whether there are labels; labels are -1 otherwise. None: some lines of the list have one.
         extensions: what is an image when listing a folder; case does not matter.
         classes: names of the classes, or a text file with one per line; by default the names of the folders. Also
             accepted as `metainfo=dict(classes=...)`.
         metainfo: see `classes`.
+        common: `indices` and others, see Source.
 
     Raises:
         ConfigError: a folder or file that does not exist, no images, malformed lines, or another number of classes than
             `classes` names. That a listed image is missing shows only when it is read.
     """
 
+    layout = """
+        <data_prefix>/<class>/*.jpg, where images may lie deeper
+        or <ann_file> with lines of 'path label', and the images in <data_prefix>/
+    """
+
     def __init__(
         self,
         data_root: str = "",
         data_prefix: str | Mapping[str, str] = "",
-        ann_file: str = "",
-        with_label: bool = True,
+        ann_file: str | Sequence[str] = "",
+        with_label: bool | None = True,
         extensions: Sequence[str] = EXTENSIONS,
         classes: Sequence[str] | str | None = None,
         metainfo: Mapping[str, Any] | None = None,
+        **common: Any,
     ):
         if not isinstance(data_prefix, str):
             data_prefix = data_prefix.get("img_path", "")
-        self.root = os.path.join(os.path.expanduser(data_root), os.path.expanduser(data_prefix)) or "."
+        self.data_root = os.path.expanduser(data_root)
+        self.root = os.path.join(self.data_root, os.path.expanduser(data_prefix)) or "."
         self.extensions = tuple(extension.lower() for extension in extensions)
         self.classes = read_classes((metainfo or {}).get("classes") if classes is None else classes)
+        place = os.path.abspath(self.root)
         if ann_file:
-            ann_file = os.path.join(os.path.expanduser(data_root), os.path.expanduser(ann_file))
-            paths, labels = self._from_list(ann_file, with_label)
+            files = [ann_file] if isinstance(ann_file, str) else ann_file
+            files = [os.path.join(os.path.expanduser(data_root), os.path.expanduser(file)) for file in files]
+            parts = [self._from_list(file, with_label) for file in files]
+            paths, labels = Paths.join([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+            place = ", ".join(files)
         elif not os.path.isdir(self.root):
-            raise ConfigError(
-                f"{type(self).__name__}: no folder {os.path.abspath(self.root)}; set data_root and data_prefix of the "
-                "dataset, for instance --config.data.train.dataset.data_root=/path/to/images"
+            raise self._wrong(
+                f"no folder {os.path.abspath(self.root)}; set data_root and data_prefix of the dataset, for instance "
+                "--config.data.train.dataset.data_root=/path/to/images"
             )
         elif with_label:
             paths, labels = self._from_class_folders(self._class_folders())
         else:
-            paths = sorted(self._images_in(""))
-            labels = [-1] * len(paths)
+            paths = list_images(self.root, [""], self.extensions)[0]
+            labels = np.full(len(paths), -1)
         if not paths:
-            raise ConfigError(
-                f"{type(self).__name__}: no images in {os.path.abspath(ann_file or self.root)} (extensions: "
-                f"{', '.join(self.extensions)})"
-            )
-        # One array of bytes, not a million Python strings: less memory, and cheap to send to worker processes.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+            raise self._wrong(f"no images in {place} (extensions: {', '.join(self.extensions)})")
+        self._paths = paths
         self.labels = np.asarray(labels, np.int32)
         self._num_classes = None
-        if with_label:
+        if with_label or (with_label is None and self.labels.max() >= 0):
             self._num_classes = len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
-            if self.labels.min() < 0 or self.labels.max() >= self._num_classes:
+            if self.labels.min() < (0 if with_label else -1) or self.labels.max() >= self._num_classes:
                 raise ConfigError(
-                    f"{ann_file or self.root}: labels {self.labels.min()}..{self.labels.max()} do not fit "
-                    f"{self._num_classes} classes"
+                    f"{place}: labels {self.labels.min()}..{self.labels.max()} do not fit {self._num_classes} classes"
                 )
+        super().__init__(**common)
 
-    def _from_list(self, ann_file: str, with_label: bool) -> tuple[list[str], list[int]]:
+    def _from_list(self, ann_file: str, with_label: bool | None) -> tuple[Paths, Int[np.ndarray, " n"]]:
         if not os.path.isfile(ann_file):
-            raise ConfigError(f"{type(self).__name__}: no file {os.path.abspath(ann_file)} (ann_file)")
-        paths, labels = [], []
-        with open(ann_file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not (line := line.strip()):
-                    continue
-                path, _, label = line.rpartition(" ") if with_label else (line, "", "-1")
-                if not path or not label.lstrip("-").isdigit():
-                    raise ConfigError(
-                        f"{ann_file}:{number}: expected 'path label' with an integer label, got {line!r}; "
-                        "with_label=False for a list without labels"
-                    )
-                paths.append(path.strip())
-                labels.append(int(label))
-        return paths, labels
+            raise self._wrong(f"no file {os.path.abspath(ann_file)} (ann_file)", os.path.dirname(ann_file))
+        labels = array("q")
+
+        def read() -> Iterator[str]:
+            with open(ann_file, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if not (line := line.strip()):
+                        continue
+                    path, _, label = line.rpartition(" ") if with_label is not False else (line, "", "-1")
+                    if with_label is None and not (path and label.lstrip("-").isdigit()):
+                        path, label = line, "-1"
+                    if not path or not label.lstrip("-").isdigit():
+                        raise ConfigError(
+                            f"{ann_file}:{number}: expected 'path label' with an integer label, got {line!r}; "
+                            "with_label=False for a list without labels"
+                        )
+                    labels.append(int(label))
+                    yield path.strip()
+
+        return Paths(read()), np.array(labels)
 
     def _class_folders(self) -> list[str]:
         """Names of the class folders, in the order of the labels."""
         folders = _folders_in(self.root)
         if not folders:
-            raise ConfigError(
-                f"{type(self).__name__}: {os.path.abspath(self.root)} has no class sub-folders; list the images in a "
-                "text file (ann_file='...', lines of 'path label'), or set with_label=False for images without labels"
+            raise self._wrong(
+                f"{os.path.abspath(self.root)} has no class sub-folders; list the images in a text file (ann_file='...', "
+                "lines of 'path label'), or set with_label=False for images without labels"
             )
         if self.classes is None:
             self.classes = tuple(folders)
@@ -160,41 +180,16 @@ class CustomDataset(Source):
             )
         return folders
 
-    def _from_class_folders(self, folders: Sequence[str]) -> tuple[list[str], list[int]]:
-        paths, labels = [], []
-        for label, folder in enumerate(folders):
-            found = sorted(self._images_in(folder))
-            paths += found
-            labels += [label] * len(found)
-        return paths, labels
+    def _from_class_folders(self, folders: Sequence[str]) -> tuple[Paths, Int[np.ndarray, " n"]]:
+        found = list_images(self.root, folders, self.extensions)
+        return Paths.join(found), np.repeat(np.arange(len(found)), [len(part) for part in found])
 
-    def _images_in(self, folder: str) -> Iterator[str]:
-        """Images under `root/folder`, relative to root; `scandir` knows files from folders without asking for each."""
-        try:
-            entries = list(os.scandir(os.path.join(self.root, folder)))
-        except FileNotFoundError:
-            return
-        for entry in entries:
-            path = os.path.join(folder, entry.name)
-            if entry.name.lower().endswith(self.extensions):
-                yield path
-            elif entry.is_dir():
-                yield from self._images_in(path)
+    def _wrong(self, problem: str, inside: str | None = None) -> ConfigError:
+        return layout_error(type(self).__name__, self.data_root, problem, self.layout, inside or self.root)
 
     @property
     def num_classes(self) -> int | None:
         return self._num_classes
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def name(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self._paths[index]))
-
-    def __getitem__(self, index: int) -> Sample:
-        path = self.name(index)
-        with open(path, "rb", buffering=0) as file:
-            return {"image": file.read(), "label": int(self.labels[index]), "path": path}
 
 
 class ImageNet(CustomDataset):
@@ -210,6 +205,14 @@ class ImageNet(CustomDataset):
         data_root: folder of the data set.
         split: `train`, `val` or `test`; `test` needs no labels. Empty: `data_prefix` and `ann_file` say it all.
         data_prefix, ann_file: see CustomDataset; the split's own by default.
+        classes, metainfo: see CustomDataset; by default the usual names of the 1000 classes, or the wnids of fewer.
+        options: see CustomDataset; `with_label` is False for the split `test`, unless it is given.
+    """
+
+    layout = """
+        train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
+        or train/ and val/ with any files, listed in meta/train.txt and meta/val.txt as lines of 'path label'
+        or ArrayRecord shards train*.array_record and val*.array_record, as write_array_record makes them
     """
 
     def __init__(
@@ -220,7 +223,9 @@ class ImageNet(CustomDataset):
         ann_file: str = "",
         classes: Sequence[str] | str | None = None,
         metainfo: Mapping[str, Any] | None = None,
+        **options: Any,
     ):
+        options = {"with_label": split != "test", "extensions": (*EXTENSIONS, ".webp"), **options}
         self._records: ArrayRecordDataset | None = None
         self.split = split
         self.data_root = os.path.expanduser(data_root)
@@ -235,19 +240,30 @@ class ImageNet(CustomDataset):
         folder = os.path.join(self.data_root, prefix)
         shards = self._shards() if split and not ann_file else []
         if shards:
-            self._records = ArrayRecordDataset(shards, classes=classes, num_classes=None if classes else 1000)
+            common = {name: options[name] for name in options.keys() - {"with_label", "extensions"}}
+            self._records = ArrayRecordDataset(shards, "", classes, None if classes else 1000, **common)
             self.classes = self._records.classes
             self._num_classes = self._records.num_classes
+            self.labels = self._records.labels
+            self._name_classes()
             return
         if not os.path.isdir(folder):
-            raise ConfigError(self._advice(f"no folder {os.path.abspath(folder)}"))
-        if not ann_file and split != "test" and not any(entry.is_dir() for entry in os.scandir(folder)):
-            raise ConfigError(
-                self._advice(f"{os.path.abspath(folder)} has no class folders, and there is no meta/{split}.txt")
-            )
-        super().__init__(data_root, data_prefix, ann_file, split != "test", (*EXTENSIONS, ".webp"), classes, metainfo)
-        if ann_file and self.classes is None and split != "test":
+            raise self._not_found(f"no folder {os.path.abspath(folder)}", self.data_root)
+        if not ann_file and options["with_label"] and not any(entry.is_dir() for entry in os.scandir(folder)):
+            problem = f"{os.path.abspath(folder)} has no class folders, and there is no meta/{split}.txt"
+            raise self._not_found(problem, folder)
+        super().__init__(data_root, data_prefix, ann_file, classes=classes, metainfo=metainfo, **options)
+        if options["with_label"]:
+            self._name_classes()
+
+    def _name_classes(self) -> None:
+        """The usual names, where there are none, or only the folders' of all 1000 classes."""
+        if self.classes is None:
             self._num_classes = max(1000, self._num_classes or 0)
+        elif (len(self.classes), self.classes[0], self.classes[-1]) != (1000, "n01440764", "n15075141"):
+            return
+        if self._num_classes == 1000:
+            self.classes = class_names("imagenet")
 
     def _shards(self) -> list[str]:
         root = glob.escape(self.data_root)
@@ -273,17 +289,13 @@ class ImageNet(CustomDataset):
             self.classes = tuple(classes)
         return classes or folders
 
-    def _advice(self, problem: str) -> str:
+    def _not_found(self, problem: str, inside: str) -> ConfigError:
         part = "val" if self.split == "val" else "train"
-        return (
-            f"ImageNet not found: {problem}. Accepted under data_root={self.data_root!r}:\n"
-            "  train/<wnid>/*.JPEG and val/<wnid>/*.JPEG\n"
-            "  train/ and val/ with any files, listed in meta/train.txt and meta/val.txt as lines of 'path label'\n"
-            "  ArrayRecord shards train*.array_record and val*.array_record, written by "
-            "jaxpretrain.data.sources.write_array_record\n"
-            f"Set the folder with --config.data.{part}.dataset.data_root=/path/to/imagenet, or run without data on the "
-            "embedded digits by the recipe :digits, as in --config=configs/mae.py:digits"
+        problem = (
+            f"{problem}. Set the folder with --config.data.{part}.dataset.data_root=/path/to/imagenet, or run without data "
+            "on the embedded digits by the recipe :digits, as in --config=configs/mae.py:digits"
         )
+        return layout_error("ImageNet", self.data_root, problem, self.layout, inside)
 
     def __len__(self) -> int:
         return len(self._records) if self._records is not None else super().__len__()

@@ -8,62 +8,27 @@ MMPretrain: (width, height) in `scale` and `CenterCrop.crop_size`, (height, widt
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxpretrain.build import ConfigError, build, names, nearest
-from jaxpretrain.data.auto_augment import AutoAugment, RandAugment
+from jaxpretrain.build import ConfigError, build
 from jaxpretrain.data.base import Sample, Transform
-from jaxpretrain.data.image_ops import PILLOW_FILTERS, Box, Image, check_filter, crop, pad, resize
-from jaxpretrain.data.mask_transforms import (
-    BEiTMaskGenerator,
-    Pictures,
-    RandomResizedCropAndInterpolationWithTwoPic,
-    SimMIMMaskGenerator,
+from jaxpretrain.data.host_transforms import host_transform
+from jaxpretrain.data.image_ops import (
+    PILLOW_FILTERS,
+    Box,
+    Image,
+    check_choice,
+    check_filter,
+    crop,
+    pad,
+    pair_of,
+    resize,
 )
-from jaxpretrain.data.pretext_transforms import RandomPatchWithLabels, RotationWithLabels
-from jaxpretrain.data.random_erasing import RandomErasing
-from jaxpretrain.data.random_rotation import RandomRotation
-
-Step = Callable[[Sample, np.random.Generator], Sample]
-
-
-class LoadImageFromFile(Transform):
-    """Accepted so that MMPretrain's pipelines read unchanged: images arrive decoded, as RGB uint8."""
-
-    def __init__(
-        self,
-        to_float32: bool = False,
-        color_type: str = "color",
-        imdecode_backend: str = "cv2",
-        file_client_args: Any = None,
-        ignore_empty: bool = False,
-        backend_args: Any = None,
-    ):
-        if to_float32 or color_type != "color":
-            raise ConfigError(
-                "LoadImageFromFile: images are uint8 RGB here; to_float32 and other values of color_type do not exist"
-            )
-
-    def apply(self, image: Image, parameters: Any) -> Image:
-        return image
-
-
-class PackInputs(Transform):
-    """Accepted so that MMPretrain's pipelines read unchanged: the loader packs batches."""
-
-    def __init__(self, input_key: str = "img", algorithm_keys: Sequence[str] = (), meta_keys: Sequence[str] = ()):
-        if set(algorithm_keys) - {"mask"}:
-            raise ConfigError(
-                f"PackInputs: algorithm_keys={list(algorithm_keys)}: batches hold image, mask, label, index and epoch alone"
-            )
-
-    def apply(self, image: Image, parameters: Any) -> Image:
-        return image
+from jaxpretrain.data.mask_transforms import Pictures
 
 
 class RandomResizedCrop(Transform):
@@ -79,6 +44,8 @@ class RandomResizedCrop(Transform):
         interpolation, backend: see `resize`.
     """
 
+    lazy = True
+
     def __init__(
         self,
         scale: int | Sequence[int],
@@ -88,7 +55,7 @@ class RandomResizedCrop(Transform):
         interpolation: str = "bilinear",
         backend: str = "cv2",
     ):
-        self.scale = _pair(scale, "RandomResizedCrop: scale")
+        self.scale = pair_of(scale, "RandomResizedCrop: scale")
         for name, (low, high) in (("crop_ratio_range", crop_ratio_range), ("aspect_ratio_range", aspect_ratio_range)):
             if not 0 < low <= high:
                 raise ConfigError(f"RandomResizedCrop: {name}=({low}, {high}) must be ascending and positive")
@@ -110,7 +77,7 @@ class RandomResizedCrop(Transform):
         return Box((height - h) // 2, (width - w) // 2, h, w)
 
     def apply(self, image: Image, box: Box) -> Image:
-        return resize(crop(image, box), self.scale, self.backend, self.interpolation)
+        return resize(crop(image, box, self.scale), self.scale, self.backend, self.interpolation)
 
 
 class MAERandomResizedCrop(RandomResizedCrop):
@@ -156,6 +123,8 @@ class Resize(Transform):
         backend, interpolation: see `resize`.
     """
 
+    lazy = True
+
     def __init__(
         self,
         scale: int | Sequence[int] | None = None,
@@ -167,7 +136,7 @@ class Resize(Transform):
     ):
         if (scale is None) == (scale_factor is None):
             raise ConfigError("Resize: give either scale or scale_factor")
-        self.scale = None if scale is None else _pair(scale, "Resize: scale")
+        self.scale = None if scale is None else pair_of(scale, "Resize: scale")
         self.factors = (scale_factor,) * 2 if isinstance(scale_factor, int | float) else tuple(scale_factor or ())
         self.keep_ratio = keep_ratio
         self.interpolation, self.backend = check_filter("Resize", interpolation, backend)
@@ -186,6 +155,57 @@ class Resize(Transform):
         return resize(image, self.size(*image.shape[:2]), self.backend, self.interpolation)
 
 
+class RandomResize(Transform):
+    """Resizes to a random scale.
+
+    Args:
+        scale: (width, height), multiplied by a factor drawn from `ratio_range` and rounded down; or two of them, between
+            which, both included, width and height are drawn, each on its own.
+        ratio_range: of the factor, drawn evenly.
+        resize_type: the transform that resizes: one with an argument `scale` and nothing random.
+        kwargs: its further arguments, as `keep_ratio`.
+    """
+
+    hands_arguments_on = True
+
+    def __init__(
+        self,
+        scale: Sequence[int] | Sequence[Sequence[int]],
+        ratio_range: tuple[float, float] | None = None,
+        resize_type: str = "Resize",
+        **kwargs: Any,
+    ):
+        pairs: Any = scale if isinstance(scale[0], Sequence) else (scale,)
+        self.pairs: tuple[tuple[int, int], ...] = tuple(tuple(pair) for pair in pairs)
+        if len(self.pairs) not in (1, 2) or any(len(pair) != 2 or min(pair) <= 0 for pair in self.pairs):
+            raise ConfigError(f"RandomResize: scale={scale!r} must be (width, height), or two of them")
+        if (ratio_range is None) != (len(self.pairs) == 2):
+            raise ConfigError("RandomResize: scale=(width, height) goes with ratio_range, two scales without")
+        if ratio_range is not None and not 0 < ratio_range[0] <= ratio_range[1]:
+            raise ConfigError(f"RandomResize: ratio_range={ratio_range} must be ascending and positive")
+        self.ratio_range = ratio_range
+        self.arguments = dict(type=host_transform(resize_type), **kwargs)
+        self.resizer(self.pairs[0])  # finds mistakes now
+
+    def resizer(self, scale: tuple[int, int]) -> Any:
+        """The transform that resizes to `scale`."""
+        return build(dict(self.arguments, scale=scale))
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, int]:
+        """The scale, (width, height)."""
+        if self.ratio_range is not None:
+            factor = rng.uniform(*self.ratio_range)
+            return int(self.pairs[0][0] * factor), int(self.pairs[0][1] * factor)
+        (w, h), (other_w, other_h) = self.pairs
+        return (
+            int(rng.integers(min(w, other_w), max(w, other_w) + 1)),
+            int(rng.integers(min(h, other_h), max(h, other_h) + 1)),
+        )
+
+    def apply(self, image: Image, scale: tuple[int, int]) -> Image:
+        return self.resizer(scale).apply(image, None)
+
+
 class ResizeEdge(Transform):
     """Resizes one edge to `scale` and the other in proportion (rounded down).
 
@@ -195,8 +215,10 @@ class ResizeEdge(Transform):
         backend, interpolation: see `resize`.
     """
 
+    lazy = True
+
     def __init__(self, scale: int, edge: str = "short", backend: str = "cv2", interpolation: str = "bilinear"):
-        _check_choice("ResizeEdge: edge", edge, ("short", "long", "width", "height"))
+        check_choice("ResizeEdge: edge", edge, ("short", "long", "width", "height"))
         self.scale, self.edge = scale, edge
         self.interpolation, self.backend = check_filter("ResizeEdge", interpolation, backend)
 
@@ -230,7 +252,7 @@ class CenterCrop(Transform):
         pad_cfg: Mapping[str, Any] | None = None,
         clip_object_border: bool = True,
     ):
-        self.crop_size = _pair(crop_size, "CenterCrop: crop_size")
+        self.crop_size = pair_of(crop_size, "CenterCrop: crop_size")
         self.auto_pad = auto_pad
         self.pad_val = (pad_cfg or {}).get("pad_val", 0)
         if isinstance(self.pad_val, Mapping):
@@ -243,37 +265,6 @@ class CenterCrop(Transform):
             image = pad(image, (0, max(0, height - h), 0, max(0, width - w)), self.pad_val)
             h, w = image.shape[:2]
         return crop(image, Box(max(0, round((h - height) / 2)), max(0, round((w - width) / 2)), height, width))
-
-
-class EfficientNetCenterCrop(Transform):
-    """A central square, then resized: as EfficientNet is tested (Tan & Le, 2019; their TPU code's preprocessing).
-
-    The square's edge is `crop_size / (crop_size + crop_padding)` of the image's shorter edge, rounded down.
-
-    Args:
-        crop_size: edge length of the result.
-        crop_padding: 32 leaves a margin all around; 0 crops along the longer edge alone.
-        interpolation, backend: see `resize`.
-    """
-
-    def __init__(self, crop_size: int, crop_padding: int = 32, interpolation: str = "bicubic", backend: str = "cv2"):
-        if not isinstance(crop_size, int) or crop_padding < 0:
-            raise ConfigError(
-                f"EfficientNetCenterCrop: crop_size={crop_size!r} must be one number, and crop_padding={crop_padding} "
-                "must not be negative"
-            )
-        self.crop_size = _pair(crop_size, "EfficientNetCenterCrop: crop_size")
-        self.fraction = crop_size / (crop_size + crop_padding)
-        self.interpolation, self.backend = check_filter("EfficientNetCenterCrop", interpolation, backend)
-
-    def box(self, height: int, width: int) -> Box:
-        """The square that is cut out. Its position comes from the length before rounding."""
-        edge = self.fraction * min(height, width)
-        top, left = (max(0, round((length - edge) / 2)) for length in (height, width))
-        return Box(top, left, max(1, int(edge)), max(1, int(edge)))
-
-    def apply(self, image: Image, parameters: Any) -> Image:
-        return resize(crop(image, self.box(*image.shape[:2])), self.crop_size, self.backend, self.interpolation)
 
 
 class RandomCrop(Transform):
@@ -300,8 +291,8 @@ class RandomCrop(Transform):
         pad_val: int | Sequence[int] = 0,
         padding_mode: str = "constant",
     ):
-        self.crop_size = _pair(crop_size, "RandomCrop: crop_size")
-        _check_choice("RandomCrop: padding_mode", padding_mode, ("constant", "edge", "reflect", "symmetric"))
+        self.crop_size = pair_of(crop_size, "RandomCrop: crop_size")
+        check_choice("RandomCrop: padding_mode", padding_mode, ("constant", "edge", "reflect", "symmetric"))
         sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding or (0, 0, 0, 0))
         if len(sides) not in (2, 4):
             raise ConfigError(f"RandomCrop: padding={padding!r} must be one, two or four numbers")
@@ -335,26 +326,6 @@ class RandomCrop(Transform):
         return super().__call__({**sample, "image": padded}, rng)
 
 
-class TorchvisionRandomCrop(RandomCrop):
-    """torchvision's RandomCrop, `torchvision/RandomCrop` in pipelines: `padding_mode` counts for `padding` too.
-
-    Args:
-        size: edge length or (height, width).
-        padding, pad_if_needed, fill, padding_mode: as RandomCrop's, with `fill` for pad_val.
-    """
-
-    def __init__(
-        self,
-        size: int | Sequence[int],
-        padding: int | Sequence[int] | None = None,
-        pad_if_needed: bool = False,
-        fill: int | Sequence[int] = 0,
-        padding_mode: str = "constant",
-    ):
-        super().__init__(size, padding, pad_if_needed, fill, padding_mode)
-        self.border_mode = padding_mode
-
-
 class RandomFlip(Transform):
     """Mirrors the image at random; the pictures of one crop (RandomResizedCropAndInterpolationWithTwoPic) alike.
 
@@ -372,7 +343,7 @@ class RandomFlip(Transform):
     ):
         self.directions = (direction,) if isinstance(direction, str) else tuple(direction)
         for name in self.directions:
-            _check_choice("RandomFlip: direction", name, ("horizontal", "vertical", "diagonal"))
+            check_choice("RandomFlip: direction", name, ("horizontal", "vertical", "diagonal"))
         if prob is None:
             raise ConfigError("RandomFlip needs prob, a probability or one for each direction")
         count = len(self.directions)
@@ -399,122 +370,3 @@ class RandomFlip(Transform):
             return super().__call__(sample, rng)
         direction = self.draw(rng, *pictures[0].shape[:2])
         return {**sample, "image": Pictures(self.apply(picture, direction) for picture in pictures)}
-
-
-class MultiView:
-    """Several views of one image, decoded once: `image` becomes a tuple.
-
-    Args:
-        transforms: one pipeline for each kind of view.
-        num_views: how many views each pipeline gives; a number for the only one, or a list.
-    """
-
-    def __init__(self, transforms: Sequence[Sequence[Any]], num_views: int | Sequence[int]):
-        counts = [num_views] if isinstance(num_views, int) else list(num_views)
-        if len(counts) != len(transforms):
-            raise ConfigError(
-                f"MultiView: num_views={num_views} are {len(counts)} numbers for {len(transforms)} pipelines"
-            )
-        self.pipelines = [
-            build_pipeline(steps) for steps, count in zip(transforms, counts, strict=True) for _ in range(count)
-        ]
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        return {**sample, "image": tuple(pipeline(dict(sample), rng)["image"] for pipeline in self.pipelines)}
-
-
-class Pipeline:
-    """Transforms one after another."""
-
-    def __init__(self, steps: Sequence[Step]):
-        self.steps = list(steps)
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        for step in self.steps:
-            sample = step(sample, rng)
-        return sample
-
-
-class _Plain:
-    """A user's function of the sample alone, in the form of a transform."""
-
-    def __init__(self, function: Callable[[Sample], Sample]):
-        self.function = function
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        result = self.function(sample)
-        if not isinstance(result, Mapping) or "image" not in result:
-            raise ConfigError(
-                f"transform {self.function!r} must return the sample, a dict with `image`; it returned "
-                f"{type(result).__name__}"
-            )
-        return dict(result)
-
-
-TRANSFORMS: dict[str, type] = {
-    cls.__name__: cls
-    for cls in (
-        AutoAugment,
-        BEiTMaskGenerator,
-        CenterCrop,
-        EfficientNetCenterCrop,
-        LoadImageFromFile,
-        MAERandomResizedCrop,
-        MultiView,
-        PackInputs,
-        RandAugment,
-        RandomCrop,
-        RandomErasing,
-        RandomFlip,
-        RandomPatchWithLabels,
-        RandomResizedCrop,
-        RandomResizedCropAndInterpolationWithTwoPic,
-        RandomRotation,
-        Resize,
-        ResizeEdge,
-        RotationWithLabels,
-        SimMIMMaskGenerator,
-    )
-}
-TRANSFORMS["torchvision/RandomCrop"] = TorchvisionRandomCrop
-
-
-def build_pipeline(steps: Sequence[Any]) -> Pipeline:
-    """A list of `dict(type=...)`, of names registered by the user, or of callables, as one transform.
-
-    A callable whose second parameter is called `rng` gets the sample's generator; any other is called with the sample
-    alone.
-
-    Raises:
-        ConfigError: unknown type or argument, naming the nearest.
-    """
-    return Pipeline([_build_step(step) for step in steps])
-
-
-def _build_step(step: Any) -> Step:
-    if isinstance(step, Mapping) or hasattr(step, "to_dict"):
-        step = dict(step)
-        kind = step.get("type")
-        if kind in TRANSFORMS:
-            step["type"] = TRANSFORMS[kind]
-        elif isinstance(kind, str) and kind not in names() and "." not in kind:
-            raise ConfigError(
-                f"No host transform {kind!r}.{nearest(kind, TRANSFORMS)} Colour, blur and mixing run on the "
-                "device: they belong in `device_pipeline`"
-            )
-        step = build(step)
-    if not callable(step):
-        raise ConfigError(f"a pipeline holds dict(type=...) or callables, got {step!r}")
-    return step if "rng" in inspect.signature(step).parameters else _Plain(step)
-
-
-def _check_choice(what: str, value: str, valid: Sequence[str]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{what}={value!r} does not exist.{nearest(str(value), valid)}")
-
-
-def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) <= 0:
-        raise ConfigError(f"{what}={value!r} must be a positive number or a pair of them")
-    return pair[0], pair[1]

@@ -13,9 +13,14 @@ import numpy as np
 from jaxpretrain.build import ConfigError
 from jaxpretrain.data.base import Sample, Source, check_split, read_classes
 from jaxpretrain.data.class_names import class_names
+from jaxpretrain.data.layout import layout_error
 
 _PREFIX = {"img_path": "JPEGImages", "ann_path": "Annotations"}
 _SPLITS = ("train", "val", "trainval", "test")
+_LAYOUT = """
+    JPEGImages/*.jpg
+    ImageSets/Main/<split>.txt, the images; and <class>_<split>.txt there, or Annotations/*.xml, their labels
+"""
 
 
 class VOC(Source):
@@ -24,23 +29,25 @@ class VOC(Source):
     Read from a local copy: `ImageSets/Main/<split>.txt` lists the images; their labels are in
     `ImageSets/Main/<class>_<split>.txt`, or, where those are missing, follow from the objects in `Annotations/*.xml`.
 
-    A sample's `label` is -1, as there is no single one; the labels of all images are in `targets`.
+    A sample's `label` is int8 [20]: 1 where the class is there, 0 where it is not, -1 where all its objects are marked as
+    difficult, which neither training nor scores count. (MMPretrain trains on them as not there.)
 
     Args:
         data_root: the folder with JPEGImages and ImageSets, such as data/VOCdevkit/VOC2007.
         split: train, val, trainval or test.
         image_set_path: another list of images, relative to data_root; `split` then only tells which labels to look for.
         data_prefix: the folders of images and annotations; one name is that of the images, and there are no annotations.
-        test_mode: accepted for MMPretrain's configs; labels are read all the same.
         metainfo: `classes` may name others than VOC's, in the order of the labels.
+        common: `indices` and others, see Source. Labels are read in `test_mode` all the same.
 
     Attributes:
-        targets: int8 [N, classes]: 1 where the class is there, 0 where it is not, -1 where all its objects are marked as
-            difficult, which neither training nor scores count. None if there is nothing to tell the labels from.
+        labels: of all samples, int8 [N, 20]. None if there is nothing to tell them from; a sample's is then -1.
 
     Raises:
         ConfigError: folders or files that are missing or malformed, an unknown split or class.
     """
+
+    per_sample = ("ids", "labels")
 
     def __init__(
         self,
@@ -48,8 +55,8 @@ class VOC(Source):
         split: str = "trainval",
         image_set_path: str = "",
         data_prefix: str | Mapping[str, str] = _PREFIX,
-        test_mode: bool = False,
         metainfo: Mapping[str, Any] | None = None,
+        **common: Any,
     ):
         check_split("VOC", split, _SPLITS)
         self.root, self.split = Path(data_root).expanduser(), split
@@ -58,16 +65,18 @@ class VOC(Source):
         self.classes: tuple[str, ...] = read_classes((metainfo or {}).get("classes")) or class_names("VOC")
         listed = self.root / (image_set_path or os.path.join("ImageSets", "Main", f"{split}.txt"))
         if not listed.is_file():
-            raise ConfigError(
-                f"VOC: there is no file {listed.absolute()}; data_root must be the folder with JPEGImages/, "
-                "Annotations/ and ImageSets/, such as data/VOCdevkit/VOC2007"
+            problem = (
+                f"there is no file {listed.absolute()}; data_root must be the folder with JPEGImages/, Annotations/ and "
+                "ImageSets/, such as data/VOCdevkit/VOC2007"
             )
+            raise layout_error("VOC", self.root, problem, _LAYOUT)
         self.ids = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
         if not self.ids:
             raise ConfigError(f"VOC: {listed} lists no images")
-        self.targets = self._read_targets(listed.parent)
+        self.labels = self._read_labels(listed.parent)
+        super().__init__(**common)
 
-    def _read_targets(self, folder: Path) -> np.ndarray | None:
+    def _read_labels(self, folder: Path) -> np.ndarray | None:
         files = [folder / f"{name}_{self.split}.txt" for name in self.classes]
         if all(file.is_file() for file in files):
             return np.stack([self._read_class(file) for file in files], axis=1)
@@ -118,4 +127,4 @@ class VOC(Source):
     def __getitem__(self, index: int) -> Sample:
         path = self.name(index)
         with open(path, "rb", buffering=0) as file:
-            return {"image": file.read(), "label": -1, "path": path}
+            return {"image": file.read(), "label": -1 if self.labels is None else self.labels[index], "path": path}

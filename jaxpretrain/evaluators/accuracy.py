@@ -39,10 +39,14 @@ class Accuracy(Evaluator):
 
     def run(self, state: Any) -> dict[str, float]:
         assert self.context.logits is not None
-        counts = [
-            _count(self.context.logits(state, batch), batch["label"], batch["valid"], self.topk)
-            for batch in self.context.loader("val")
-        ]
+        counts = []
+        for batch in self.context.loader("val"):
+            if isinstance(batch["label"], dict) or batch["label"].ndim > 1:
+                raise ConfigError(
+                    "Accuracy: the val split has several labels for each image; score them with AveragePrecision or "
+                    "MultiLabelMetric, and those of several tasks with MultiTasksMetric"
+                )
+            counts.append(_count(self.context.logits(state, batch), batch["label"], batch["valid"], self.topk))
         *right, total = np.sum(gather(counts), axis=0) if counts else [0]
         if not total:
             raise ConfigError("Accuracy: the val split has no labelled images; check config.data.val.dataset")

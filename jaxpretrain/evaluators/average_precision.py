@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def average_precision(scores: Float[np.ndarray, " n"], targets: Int[np.ndarray, " n"]) -> float:
+def average_precision(scores: Float[np.ndarray, " n"], targets: Int[np.ndarray, " n"], envelope: bool = True) -> float:
     """The area under the precision-recall curve, from 0 to 1: PASCAL VOC's since 2010.
 
     Precision at a recall is the highest precision at that or any higher recall. VOC07's own number averages it at 11
@@ -15,6 +15,7 @@ def average_precision(scores: Float[np.ndarray, " n"], targets: Int[np.ndarray, 
     Args:
         scores: the higher, the likelier is the class to be there; of equal ones, the later row ranks first.
         targets: 1 where the class is there, 0 where it is not, -1 where the row does not count.
+        envelope: False takes precision as it is, without the highest at any higher recall.
 
     Returns:
         nan if there is no row with the class.
@@ -25,8 +26,9 @@ def average_precision(scores: Float[np.ndarray, " n"], targets: Int[np.ndarray, 
         return float("nan")
     right = targets[np.argsort(scores, kind="stable")[::-1]]
     precision = np.cumsum(right) / np.arange(1, len(right) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(envelope[right].mean())  # each row with the class is one equal step of recall
+    if envelope:
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(precision[right].mean())  # each row with the class is one equal step of recall
 
 
 def mean_average_precision(scores: Float[np.ndarray, "n c"], targets: Int[np.ndarray, "n c"]) -> float:

@@ -24,17 +24,18 @@ class EvalContext:
 
     Attributes:
         features: (state, batch) -> float32 [B, D], jitted: normalises uint8 images and applies `Method.features`.
-        logits: (state, batch) -> float32 [B, classes], jitted; None for methods without a classifier.
+        logits: (state, batch) -> float32 [B, classes], jitted, or a dictionary of them by task; None for methods without
+            a classifier.
         loader: 'train' or 'val' -> batches on the device: `image` uint8 [B, H, W, 3] after the evaluation pipeline,
-            `label` int32 [B], `index` int32 [B], `valid` bool [B] (False: a row that only fills up the last batch). One
-            pass, in which every sample is valid once, in batches of one shape.
-        num_classes: labels are 0 to num_classes - 1; None for data without labels, which only pictures can be made of.
+            `label` int32 [B] (or of another kind, see data/labels.py), `index` int32 [B], `valid` bool [B] (False: a row
+            that only fills up the last batch). One pass, in which every sample is valid once, in batches of one shape.
+        num_classes: labels are 0 to num_classes - 1; None for data without labels, which only pictures can be made of, and
+            for data with labels of several tasks.
         method: state -> the method with that state, in evaluation mode; may be called inside jit.
         workdir: where pictures go; None writes none.
         seed: of everything random in evaluators.
         preprocess: batch with uint8 images -> batch with normalised ones, an affine map of each channel.
-        targets: split -> int8 [N, classes] of multi-label data, by the samples' index: 1 where a class is present, 0 where
-            it is not, -1 where that shall not count (VOC's difficult objects); None for data with one label per image.
+        classes: names of the classes, where they are known.
         images: (split, index) -> uint8 [H, W, 3], one image after the evaluation pipeline; None: `fetch_images` looks
             for it in the batches of `loader`.
     """
@@ -47,7 +48,7 @@ class EvalContext:
     workdir: Path | None
     seed: int
     preprocess: Callable[[Batch], Batch]
-    targets: Callable[[str], Int[np.ndarray, "n classes"] | None] | None = None
+    classes: Sequence[str] | None = None
     images: Callable[[str, int], UInt8[np.ndarray, "h w 3"]] | None = None
     _cache: tuple[list, dict[str, Any]] = field(default_factory=lambda: ([], {}), init=False, repr=False)
 
@@ -125,7 +126,7 @@ def extract(context: EvalContext, state: Any, split: str) -> tuple[Float[np.ndar
 
 
 def extract_rows(context: EvalContext, state: Any, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `extract`, of multi-label data too (labels are then `context.targets`, int8 [N, classes]), and the samples' index."""
+    """As `extract`, of multi-label data too (labels are then int8 [N, classes]), and the samples' index."""
 
     def compute() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         arrays, labels, index = run_over(context, split, lambda b: {"features": context.features(state, b)})
@@ -148,29 +149,29 @@ def remember(context: EvalContext, state: Any, key: Any, compute: Callable[[], T
 
 
 def run_over(
-    context: EvalContext, split: str, function: Callable[[Batch], dict[str, Array]]
+    context: EvalContext, split: str, function: Callable[[Batch], dict[str, Array]], labelled: bool = True
 ) -> tuple[dict[str, Float[np.ndarray, "n d"]], np.ndarray, Int[np.ndarray, " n"]]:
     """({name: [N, D]}, labels, index) of all valid samples of a split, in the order of their index, from one pass over it.
 
     Args:
-        function: batch -> arrays of as many rows. Labels are int32 [N], or `context.targets`, int8 [N, classes].
+        function: batch -> arrays of as many rows.
+        labelled: refuse data whose labels are neither classes, int32 [N], nor int8 [N, classes].
     """
     outputs = ((function(batch), batch["label"], batch["index"], batch["valid"]) for batch in context.loader(split))
     parts: dict[str, list[np.ndarray]] = {}
     rows = []
     for arrays, label, index, valid in map(gather, one_behind(outputs)):
-        rows.append((label[valid], index[valid]))
+        if labelled:
+            _check_kind(label, split)
+        rows.append((jax.tree.map(lambda part, kept=valid: part[kept], label), index[valid]))
         for name, array in arrays.items():
             parts.setdefault(name, []).append(array[valid])
-    if not any(len(label) for label, _ in rows):
+    if not any(len(index) for _, index in rows):
         raise ConfigError(f"evaluators: the {split} split has no images; check config.data.{split}.dataset")
-    labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
+    labels, index = jax.tree.map(lambda *column: np.concatenate(column), *rows)
     order = np.argsort(index, kind="stable")
-    labels, index = labels[order], index[order]
-    targets = context.targets(split) if context.targets is not None else None
-    if targets is not None:
-        labels = targets[index]
-    else:
+    labels, index = jax.tree.map(lambda column: column[order], (labels, index))
+    if labelled:
         check_labels(labels, context.num_classes, split)
     found = {}
     for name in list(parts):
@@ -178,6 +179,14 @@ def run_over(
         if not np.isfinite(found[name]).all():
             raise FloatingPointError(f"evaluators: the {name} of the {split} split are not finite")
     return found, labels, index
+
+
+def _check_kind(label: Any, split: str) -> None:
+    if isinstance(label, Mapping):
+        raise ConfigError(
+            f"evaluators: the {split} split has labels of several tasks ({', '.join(label)}), and this evaluator needs "
+            "those of one; score them with dict(type='MultiTasksMetric', task_metrics={TASK: [dict(type='Accuracy')]})"
+        )
 
 
 def fetch_images(context: EvalContext, split: str, indices: Sequence[int]) -> UInt8[np.ndarray, "n h w 3"]:
@@ -193,7 +202,9 @@ def fetch_images(context: EvalContext, split: str, indices: Sequence[int]) -> UI
 
 
 def check_labels(labels: np.ndarray, num_classes: int | None, split: str) -> None:
-    """Raises ConfigError where a label is not a class."""
+    """Raises ConfigError where a label is not a class; says nothing of data with several labels for each image."""
+    if labels.ndim > 1:
+        return
     if not num_classes or labels.min() < 0:
         raise ConfigError(
             f"evaluators: the {split} split has images without labels, and cannot be scored; evaluate on labelled data "

@@ -17,9 +17,9 @@ from jaxpretrain.build import ConfigError, build
 from jaxpretrain.config import to_plain
 from jaxpretrain.data.chunks import Reader
 from jaxpretrain.data.device import DevicePipeline
+from jaxpretrain.data.host_transforms import build_pipeline
 from jaxpretrain.data.pipeline import EvalLoader
 from jaxpretrain.data.prefetch import device_prefetch
-from jaxpretrain.data.transforms import build_pipeline
 from jaxpretrain.evaluators.base import Batch, EvalContext, Evaluator
 from jaxpretrain.sharding import BATCH
 from jaxpretrain.train_state import State, eval_params, make_method
@@ -47,8 +47,9 @@ def make_context(config: Any, mesh: Mesh, workdir: Path | None) -> EvalContext:
         return merged(state).features(preprocess(batch)["image"]).astype(jnp.float32)
 
     @jax.jit
-    def logits(state: State, batch: Batch) -> Array:
-        return merged(state).logits(preprocess(batch)["image"]).astype(jnp.float32)
+    def logits(state: State, batch: Batch) -> Any:
+        found = merged(state).logits(preprocess(batch)["image"])
+        return jax.tree.map(lambda x: x.astype(jnp.float32), found)
 
     loaders: dict[str, EvalLoader] = {}
 
@@ -58,7 +59,7 @@ def make_context(config: Any, mesh: Mesh, workdir: Path | None) -> EvalContext:
             if dataset is None:
                 raise ConfigError(f"config.data.{split}.dataset is not set, but an evaluator needs that split")
             loaders[split] = EvalLoader(
-                to_plain(dict(dataset=dataset, pipeline=config.data.val.pipeline)),
+                to_plain(dict(dataset=dataset, pipeline=config.data.val.pipeline), keep_callables=True),
                 batch_size=batch_size,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
@@ -75,28 +76,29 @@ def make_context(config: Any, mesh: Mesh, workdir: Path | None) -> EvalContext:
         finally:
             batches.close()
 
-    def targets(split: str) -> np.ndarray | None:
-        return getattr(source(split).source, "targets", None)
-
     def image(split: str, index: int) -> np.ndarray:
-        pipeline = build_pipeline(to_plain(config.data.val.pipeline))
+        pipeline = build_pipeline(to_plain(config.data.val.pipeline, keep_callables=True))
         return Reader(source(split).source, pipeline, seed=0).read(0, index)[0]["image"]
 
-    num_classes = source("train").num_classes or 0
+    num_classes = source("train").num_classes
     return EvalContext(
         features=features,
         logits=logits if method.has_logits else None,
         loader=loader,
-        num_classes=num_classes,
+        num_classes=num_classes if isinstance(num_classes, int) else None,
         method=merged,
         workdir=workdir,
         seed=config.seed,
         preprocess=preprocess,
-        targets=targets,
+        classes=getattr(source("train").source, "classes", None),
         images=image,
     )
 
 
 def make_evaluators(config: Any, context: EvalContext) -> dict[str, Evaluator]:
     """The evaluators of a config, by their names in it."""
-    return {name: build(to_plain(cfg), context=context) for name, cfg in config.evaluators.items() if cfg}
+    return {
+        name: build(to_plain(cfg, keep_callables=True), context=context)
+        for name, cfg in config.evaluators.items()
+        if cfg
+    }

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import UInt8
 
 from jaxpretrain.build import ConfigError, build
+from jaxpretrain.data.host_transforms import build_pipeline
 from jaxpretrain.data.image_ops import Image
-from jaxpretrain.data.transforms import build_pipeline
 from jaxpretrain.inference.compiled import jit
 from jaxpretrain.inference.images import ImageError, describe, list_images, load_image
 from jaxpretrain.zoo.factory import find_device, get_model, place

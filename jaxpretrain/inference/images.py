@@ -62,7 +62,7 @@ def load_image(source: Any) -> UInt8[np.ndarray, "h w 3"]:
             from PIL import ImageOps
 
             return np.array(ImageOps.exif_transpose(source).convert("RGB"))
-        return as_rgb(np.asarray(source))
+        return np.asarray(as_rgb(np.asarray(source)))
     except FileNotFoundError as error:
         raise ImageError(
             "there is no such file" + ("" if Path(source).is_absolute() else f" in {Path.cwd()}")

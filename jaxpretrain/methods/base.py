@@ -16,7 +16,7 @@ from jaxpretrain.models.layers import BaseModule, freeze
 from jaxpretrain.models.layers.conv import global_avg_pool
 
 if TYPE_CHECKING:
-    from jaxpretrain.data.chunks import Order
+    from jaxpretrain.data.samplers import Order
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
@@ -44,7 +44,8 @@ class Method(BaseModule):
     checkpointed with the rest.
 
     A batch is a dictionary with `image` [B, H, W, 3], augmented and normalised, or a tuple of such views; `label` int32
-    [B] where the data has labels; `index` and `epoch` int32 [B]. The dtype of the images is that of the computation.
+    [B] where the data has labels (or of another kind, see data/labels.py);
+    `index` and `epoch` int32 [B]. The dtype of the images is that of the computation.
     """
 
     def loss(self, batch: Batch, *, rngs: nnx.Rngs | None = None) -> tuple[Float[Array, ""], Metrics]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxpretrain.build import ConfigError, build
-from jaxpretrain.data.chunks import Order, UniformOrder
+from jaxpretrain.data.samplers import Order, UniformOrder
 from jaxpretrain.evaluators.base import gather
 from jaxpretrain.methods.base import BaseSelfSupervisor, Batch, Metrics, entropy, last, pool, spread
 from jaxpretrain.methods.kmeans import Clusters, Kmeans, normalized_mutual_info

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpretrain.build import ConfigError, build
-from jaxpretrain.data.chunks import Order, ReplacementOrder
+from jaxpretrain.data.samplers import Order, ReplacementOrder
 from jaxpretrain.methods.base import Batch, Metrics, Progress, entropy, last, normalize, spread
 from jaxpretrain.methods.deepcluster import ClusteringMethod, describe
 from jaxpretrain.methods.kmeans import Kmeans

@@ -321,7 +321,8 @@ class MultiTaskHead(BaseModule):
         Args:
             feats: as of `ClsHead`.
             label: labels of each task: ints [B], or scores [B, classes]. Samples without a label in a task have -1
-                there (a row of -1), and do not count in it; 'NAME_mask_size' logs how many do.
+                there (a row of -1), and do not count in it; 'NAME_mask_size' logs how many do. A -1 beside others is
+                one class that does not count, in binary losses.
             rngs: for dropout in training.
         """
         if missing := self.task_heads.keys() - label.keys():
@@ -332,8 +333,9 @@ class MultiTaskHead(BaseModule):
             if isinstance(head, MultiTaskHead):
                 value, logs = head.loss(feats, label[name], rngs=rngs)
             else:
-                present = (label[name] >= 0).reshape(label[name].shape[0], -1).all(axis=1)
-                known = jnp.maximum(label[name], 0)
+                flat = label[name].reshape(label[name].shape[0], -1)
+                present = (flat >= 0).any(axis=1)
+                known = jnp.where(present[:, None], flat, 0).reshape(label[name].shape)
                 value, logs = head.loss(feats, known, weight=present.astype(jnp.float32), rngs=rngs)
                 logs = {**logs, "mask_size": present.sum()}
             total = total + value

@@ -55,7 +55,8 @@ class CrossEntropyLoss(BaseModule):
     """Cross entropy of logits [B, classes] with int labels [B], or with a float target per class [B, classes].
 
     Args:
-        use_sigmoid: binary cross entropy of each class, as for multi-label targets and BCE training.
+        use_sigmoid: binary cross entropy of each class, as for multi-label targets and BCE training. A target below 0 does
+            not count, here and in the other binary losses.
         use_soft: said by configs whose targets are soft; the form of the target decides in any case.
         reduction: 'mean', 'sum' or 'none'. The mean of binary cross entropy is over samples and classes; heads pass
             `avg_factor`, the number of samples, so that in training it is the sum over classes.
@@ -93,9 +94,10 @@ class CrossEntropyLoss(BaseModule):
         """The loss of `cls_score`, a scalar unless the reduction is 'none'; for the rest see `reduce_loss`."""
         logits, target = _logits_and_target(self, cls_score, label)
         if self.use_sigmoid:
+            target, counted = _counted(target)
             # -log sigmoid(x) = softplus(-x), and -log(1 - sigmoid(x)) = x + softplus(-x), which never overflow.
             positive = target if self.pos_weight is None else target * jnp.asarray(self.pos_weight, logits.dtype)
-            loss = (1 - target) * logits + (1 - target + positive) * jax.nn.softplus(-logits)
+            loss = counted * ((1 - target) * logits + (1 - target + positive) * jax.nn.softplus(-logits))
         else:
             loss = -target * jax.nn.log_softmax(logits)
         if self.class_weight is not None:
@@ -123,6 +125,11 @@ def _logits_and_target(loss: BaseModule, cls_score: Array, label: Array) -> tupl
     if target.shape != logits.shape:
         raise ValueError(f"{type(loss).__name__}: labels {label.shape} do not fit logits {logits.shape}")
     return logits, target
+
+
+def _counted(target: Array) -> tuple[Array, Array]:
+    """The targets with 0 in place of those below, and where they count: 1 or 0."""
+    return jnp.where(target < 0, 0, target), jnp.where(target < 0, 0.0, 1.0).astype(target.dtype)
 
 
 class LabelSmoothLoss(BaseModule):
@@ -176,7 +183,7 @@ class LabelSmoothLoss(BaseModule):
         if self.num_classes not in (None, classes):
             raise ConfigError(f"LabelSmoothLoss: num_classes={self.num_classes}, but the head has {classes} classes")
         scores = _at_least_float32(to_scores(label, classes))
-        target = _SMOOTHING[self.mode](scores, self.label_smooth_val)
+        target = jnp.where(scores < 0, scores, _SMOOTHING[self.mode](scores, self.label_smooth_val))
         return self.ce(cls_score, target, weight, avg_factor, reduction_override)
 
 
@@ -224,11 +231,12 @@ class FocalLoss(BaseModule):
     ) -> Array:
         """The loss of logits [B, classes] with labels [B] or targets [B, classes]; see `CrossEntropyLoss`."""
         logits, target = _logits_and_target(self, cls_score, label)
+        target, counted = _counted(target)
         p = jax.nn.sigmoid(logits)
         wrong = target * (1 - p) + (1 - target) * p
         balance = target * self.alpha + (1 - target) * (1 - self.alpha)
         cross_entropy = (1 - target) * logits + jax.nn.softplus(-logits)
-        loss = balance * wrong**self.gamma * cross_entropy
+        loss = counted * balance * wrong**self.gamma * cross_entropy
         return self.loss_weight * reduce_loss(loss, weight, reduction_override or self.reduction, avg_factor)
 
 
@@ -267,11 +275,12 @@ class AsymmetricLoss(BaseModule):
     ) -> Array:
         """The loss of logits [B, classes] with labels [B] or targets [B, classes]; see `CrossEntropyLoss`."""
         logits, target = _logits_and_target(self, cls_score, label)
+        target, counted = _counted(target)
         p = jax.nn.sigmoid(logits) if self.use_sigmoid else jax.nn.softmax(logits)
         right = target * p + (1 - target) * jnp.minimum(1 - p + self.clip, 1)
         gamma = target * self.gamma_pos + (1 - target) * self.gamma_neg
         focus = jnp.where(gamma == 0, 1, 1 - right) ** gamma  # the gradient of 0 ** 0 is NaN
-        loss = -focus * jnp.log(jnp.maximum(right, self.eps))
+        loss = -counted * focus * jnp.log(jnp.maximum(right, self.eps))
         return self.loss_weight * reduce_loss(loss, weight, reduction_override or self.reduction, avg_factor)
 
 

@@ -56,7 +56,7 @@ def load_images(
     sources: Sequence[str], checkpoint: Checkpoint, size: int | None, most: int
 ) -> UInt8[np.ndarray, "b h w 3"]:
     """The images, after the transforms of evaluation."""
-    from jaxpretrain.data.transforms import build_pipeline
+    from jaxpretrain.data.host_transforms import build_pipeline
     from jaxpretrain.inference.images import list_images, load_image
 
     pipeline = build_pipeline(checkpoints.eval_pipeline(checkpoint, size))
@@ -137,7 +137,7 @@ def _mask_options(
         generators = [step for step in checkpoint.train_pipeline if "MaskGenerator" in str(step.get("type"))]
         if not (as_trained and generators and "mask" in accepted):
             return {}
-        from jaxpretrain.data.transforms import build_pipeline
+        from jaxpretrain.data.host_transforms import build_pipeline
 
         pipeline = build_pipeline(generators)
         made = [

@@ -50,7 +50,7 @@ def draw_prediction(
         ConfigError: a factor or `top` that is not positive, or `top` above 1 without `pred_scores`.
         BadImage: `image` is not an image of uint8.
     """
-    pixels = _rescale(as_rgb(image), rescale_factor)
+    pixels = _rescale(np.asarray(as_rgb(image)), rescale_factor)
     entries = _entries(result, draw_score, top, classes)
     height, width = pixels.shape[:2]
     size = round(min(width, math.sqrt(height * width)) * _TEXT)

@@ -27,7 +27,7 @@ class Preprocessing:
     """What happens to an image before a model sees it: geometry on uint8 pixels, then (x - mean) / std.
 
     Attributes:
-        pipeline: host transforms, `dict(type=...)` as in `jaxpretrain.data.transforms`.
+        pipeline: host transforms, `dict(type=...)` as in `jaxpretrain.data.host_transforms`.
         mean, std: of R, G, B, in grey levels 0 to 255.
         channel_order: 'rgb', or 'bgr' for the few networks (RegNetX, MobileViT, GLIP's Swin) that want blue first.
         source: where the pipeline is from: 'recipe', the model's own test pipeline; 'downstream', that of a model
