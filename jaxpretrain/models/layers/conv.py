@@ -53,8 +53,10 @@ class Conv2d(nnx.Module):
         bias_init: Initializer | None = None,
         rngs: nnx.Rngs,
     ):
+        if isinstance(padding, str) and padding != "same":
+            raise ConfigError(f"Conv2d: padding is in pixels, or 'same', not {padding!r}")
         self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
-        self.padding = "same" if padding == "same" else _pair(padding)
+        self.padding = None if isinstance(padding, str) else _pair(padding)  # None: what the images need
         self.dilation, self.groups = _pair(dilation), groups
         shape = (*self.kernel_size, in_channels // groups, out_channels)
         default = torch_uniform(shape[0] * shape[1] * shape[2])
@@ -84,7 +86,7 @@ class Conv2d(nnx.Module):
 
     def _pads(self, size: Sequence[int]) -> Pads:
         """Pixels (above, below), (left, right) for images of this size."""
-        if self.padding != "same":
+        if self.padding is not None:
             return tuple((p, p) for p in self.padding)
         need = (
             max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
