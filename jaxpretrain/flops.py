@@ -57,8 +57,8 @@ def count_flops(function: Callable, *args: Any, **kwargs: Any) -> int:
 def count_jaxpr(jaxpr: ClosedJaxpr | Jaxpr) -> int:
     """Operations in the matrix products and convolutions of a jaxpr, two for each multiply-add.
 
-    Of all devices together. A scan counts its length, a `cond` its dearest branch, but its cheapest if they are for
-    different platforms, a `while` one turn, for its number of turns is unknown. Padding counts as input. What remat
+    Of all devices together. A scan counts its length, a `cond` its dearest branch, or the one for any platform
+    if there is one, a `while` one turn, for its number of turns is unknown. Padding counts as input. What remat
     computes again is counted again.
     """
     body = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
@@ -82,8 +82,9 @@ def _count_equation(eqn: Any) -> int:
         product = 2 * math.prod(query) * key[length]
         return product * (4 if "bwd" in name else 2)
     if name == "cond":
-        choose = min if params.get("branches_platforms") else max
-        return choose(count_jaxpr(branch) for branch in params["branches"])
+        platforms = params.get("branches_platforms") or [True]
+        branches = params["branches"] if None not in platforms else [params["branches"][platforms.index(None)]]
+        return max(count_jaxpr(branch) for branch in branches)
     inner = sum(count_jaxpr(jaxpr) for jaxpr in _jaxprs(params))
     if name == "scan":
         return inner * params["length"]

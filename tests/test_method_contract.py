@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxpretrain import sharding
+from jaxpretrain.build import abstract
 from jaxpretrain.checkpoint import Checkpointer
 from jaxpretrain.optim import build_optimizer
 from jaxpretrain.sharding import BATCH, make_mesh, tree_shardings
@@ -106,7 +107,7 @@ def test_only_parameters_learn(name: str) -> None:
     What is differentiated is `nnx.Param`s alone; the loss's other state comes out as ordinary arrays without a gradient path
     into them: the derivative of the loss by such state is not asked for anywhere.
     """
-    method = CASES[name].make()
+    method = abstract(CASES[name].config)
     learns = {path for path, _ in nnx.state(method, nnx.Param).flat_state()}
     if teacher := getattr(method, "teacher_name", None):
         assert not [path for path in learns if teacher in path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import re
@@ -19,31 +20,41 @@ from jaxpretrain.models.layers.base import BaseModule
 
 logger = logging.getLogger("jaxpretrain")
 
-# Layout -> module with its tables: {class of the backbone or method: function of (backbone, model) that gives a Table}.
-LAYOUTS = {
-    "timm": "jaxpretrain.interop.timm",
-    "torchvision": "jaxpretrain.interop.torchvision",
-    "hf": "jaxpretrain.interop.huggingface",
-    **dict.fromkeys(
-        (
-            "deit",
-            "dino",
-            "ibot",
-            "dinov2",
-            "vicreg",
-            "mae",
-            "moco",
-            "mocov3",
-            "beit",
-            "eva",
-            "clip",
-            "ijepa",
-            "sam",
-            "swin",
-        ),
-        "jaxpretrain.interop.originals",
-    ),
-}
+# Modules with tables, TABLES: {layout: {class of the backbone or method: function of (backbone, model) that gives a Table}}.
+_MODULES = (
+    "timm",
+    "torchvision",
+    "huggingface",
+    "originals",
+)
+LAYOUTS = (
+    "timm",
+    "torchvision",
+    "hf",
+    "deit",
+    "dino",
+    "ibot",
+    "dinov2",
+    "vicreg",
+    "mae",
+    "moco",
+    "mocov3",
+    "beit",
+    "eva",
+    "clip",
+    "ijepa",
+    "sam",
+    "swin",
+)
+
+
+@functools.cache
+def _known(layout: str) -> dict[str, Callable]:
+    """The tables of a layout, of all modules: class -> function."""
+    modules = (importlib.import_module(f"jaxpretrain.interop.{name}") for name in _MODULES)
+    return {kind: table for module in modules for kind, table in module.TABLES.get(layout, {}).items()}
+
+
 # `steps` and `module.` are of the averaged weights that MMEngine keeps beside the others.
 _MMPRETRAIN = Table([Rule("{rest}", "{rest}")], ignore=("^steps$",), prefixes=("module.",))
 
@@ -77,7 +88,7 @@ def tables(layout: str, model: nnx.Module) -> Table | None:
     if layout == "mmpretrain":
         return replace(_MMPRETRAIN, absent=[f"^{re.escape(name)}$" for name in hub.local(model)])
     backbone = getattr(model, "backbone", model)
-    known: Mapping[str, Callable] = importlib.import_module(LAYOUTS[layout]).TABLES[layout]
+    known = _known(layout)
     for kind in (*type(model).__mro__, *type(backbone).__mro__):
         if kind.__name__ in known:
             return known[kind.__name__](backbone, model)

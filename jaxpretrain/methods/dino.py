@@ -22,8 +22,8 @@ from jaxpretrain.build import ConfigError
 from jaxpretrain.methods.base import Batch, Metrics, Progress, entropy, last, normalize, spread
 from jaxpretrain.methods.momentum_encoder import MomentumMethod
 from jaxpretrain.models.layers import BaseModule, BatchNorm, Frozen, Linear
+from jaxpretrain.models.layers.activation import activation
 from jaxpretrain.models.layers.conv import global_avg_pool
-from jaxpretrain.models.layers.ffn import activation
 from jaxpretrain.models.layers.init import apply_init_cfg, torch_uniform, trunc_normal
 from jaxpretrain.models.vision_transformer import VisionTransformer
 from jaxpretrain.optim.ema import cosine_ema_momentum

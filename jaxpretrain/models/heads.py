@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from jaxpretrain.build import ConfigError, build
+from jaxpretrain.models.layers.activation import activation
 from jaxpretrain.models.layers.base import BaseModule
 from jaxpretrain.models.layers.drop import Dropout
-from jaxpretrain.models.layers.ffn import activation
 from jaxpretrain.models.layers.init import apply_init_cfg
 from jaxpretrain.models.layers.linear import Linear
 from jaxpretrain.models.layers.norm import build_norm

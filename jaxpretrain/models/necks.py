@@ -10,9 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError
+from jaxpretrain.models.layers.activation import activation
 from jaxpretrain.models.layers.base import BaseModule, Frozen
 from jaxpretrain.models.layers.conv import global_avg_pool, relu
-from jaxpretrain.models.layers.ffn import activation
 from jaxpretrain.models.layers.linear import Linear
 from jaxpretrain.models.layers.norm import BatchNorm, build_norm
 

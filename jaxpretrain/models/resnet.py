@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxpretrain.build import ConfigError, nearest
-from jaxpretrain.models.layers.base import BaseModule, freeze
+from jaxpretrain.build import ConfigError
+from jaxpretrain.models.layers.base import BaseModule, freeze_stage
 from jaxpretrain.models.layers.conv import Conv2d, ConvModule, avg_pool2d, max_pool2d, relu
 from jaxpretrain.models.layers.drop import drop_path
-from jaxpretrain.models.layers.intermediates import capturing, record
-from jaxpretrain.models.layers.norm import BatchNorm, LayerNorm, build_norm
+from jaxpretrain.models.layers.intermediates import record
+from jaxpretrain.models.layers.norm import BatchNorm, GroupNorm, LayerNorm, build_norm
+from jaxpretrain.models.layers.stack import apply_block
 
 _BN = {"type": "BN", "requires_grad": True}
 _INIT = (
@@ -78,7 +78,7 @@ class ResidualBlock(BaseModule):
             padding, parts = dilation * (size // 2), 1 if size == 1 else groups
             return Conv2d(ins, outs, size, stride, padding, dilation, parts, bias=False, rngs=rngs)
 
-        def norm(channels: int) -> BatchNorm | LayerNorm:
+        def norm(channels: int) -> BatchNorm | LayerNorm | GroupNorm:
             return build_norm(norm_cfg, channels, norm_eval=norm_eval, rngs=rngs)
 
         layout = self.layout(mid_channels, out_channels, stride, dilation, style)
@@ -136,18 +136,6 @@ class Bottleneck(ResidualBlock):
     def layout(mid: int, outs: int, stride: int, dilation: int, style: str) -> list[tuple[int, int, int, int]]:
         stride1, stride2 = (stride, 1) if style == "caffe" else (1, stride)
         return [(mid, 1, stride1, 1), (mid, 3, stride2, dilation), (outs, 1, 1, 1)]
-
-
-def _save_products(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The remat policy 'dots' of a convolutional network: keep what convolutions and matmuls gave."""
-    return primitive.name in ("conv_general_dilated", "dot_general")
-
-
-_POLICIES: dict[str, Any] = {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": _save_products}
-
-
-def _call(block: ResidualBlock, x: Array, rngs: nnx.Rngs | None) -> Array:
-    return block(x, rngs=rngs)
 
 
 class ResNet(BaseModule):
@@ -298,8 +286,7 @@ class ResNet(BaseModule):
         parts = [self.stem] if self.deep_stem else [self.conv1, self.bn1]
         parts += [getattr(self, f"layer{i + 1}") for i in range(frozen_stages)]
         for part in parts:
-            freeze(part)
-            part.set_attributes(norm_eval=True, drop_path_rate=0.0, raise_if_not_found=False)
+            freeze_stage(part)
 
     def init_weights(self, rngs: nnx.Rngs) -> None:
         """Kaiming-normal kernels (fan out), and blocks that start as their shortcut if `zero_init_residual`."""
@@ -314,15 +301,11 @@ class ResNet(BaseModule):
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "b h2 w2 c2"], ...]:
         """Feature maps of the stages in `out_indices`, in order. `rngs` is for drop path in training."""
-        if self.remat not in _POLICIES:
-            raise ConfigError(f"remat: unknown policy {self.remat!r}.{nearest(self.remat, _POLICIES)}")
-        apply = _call if self.remat == "none" or capturing() else nnx.remat(_call, policy=_POLICIES[self.remat])
         x = self._apply_stem(x)
         outs = []
         for i in range(self.num_stages):
             for block in getattr(self, f"layer{i + 1}"):
-                x = apply(block, x, rngs)
-                record(block, "out", x)
+                x = apply_block(block, x, rngs=rngs, remat=self.remat)
             if i in self.out_indices:
                 outs.append(x)
         return tuple(outs)

@@ -76,12 +76,18 @@ class Case:
 
 
 def make(config: dict[str, Any]) -> Method:
-    """The method that a config describes, with initialised weights, in training mode."""
+    """The method that a config describes, with initialised weights, in training mode; asked again, another like it."""
+    key = repr(config)
+    if key not in _MADE:
 
-    @jax.jit
-    def state() -> tuple[Any, Any]:
-        method = build(config, rngs=nnx.Rngs(0))
-        method.init_weights(nnx.Rngs(1))
-        return split(method)[1:]
+        @jax.jit
+        def state() -> tuple[Any, Any]:
+            method = build(config, rngs=nnx.Rngs(0))
+            method.init_weights(nnx.Rngs(1))
+            return split(method)[1:]
 
-    return nnx.merge(split(abstract(config))[0], *state())
+        _MADE[key] = split(abstract(config))[0], *state()
+    return nnx.merge(*_MADE[key])
+
+
+_MADE: dict[str, tuple[Any, ...]] = {}  # compiling is what takes the time

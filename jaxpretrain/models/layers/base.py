@@ -35,6 +35,13 @@ def freeze(module: T) -> T:
     return module
 
 
+def freeze_stage(module: T) -> T:
+    """Freezes a stage of a backbone in place: its weights, its running statistics, and it drops no paths. Returns it."""
+    freeze(module)
+    module.set_attributes(norm_eval=True, drop_path_rate=0.0, raise_if_not_found=False)
+    return module
+
+
 def children(module: Any) -> Iterator[BaseModule]:
     """The nearest `BaseModule`s below `module`, looking through lists, dictionaries and sequentials."""
     if isinstance(module, nnx.List):

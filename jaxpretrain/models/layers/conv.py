@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,8 +13,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxpretrain.build import ConfigError
+from jaxpretrain.models.layers.activation import activation
+from jaxpretrain.models.layers.depthwise import depthwise_by_taps
 from jaxpretrain.models.layers.init import Initializer, torch_uniform
-from jaxpretrain.models.layers.norm import build_norm
+from jaxpretrain.models.layers.norm import build_norm, norm_name
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -26,7 +29,8 @@ class Conv2d(nnx.Module):
 
     Args:
         in_channels, out_channels: channels of input and output.
-        kernel_size, stride, padding, dilation: an int, or a pair (vertical, horizontal); padding is in pixels per side.
+        kernel_size, stride, padding, dilation: an int, or a pair (vertical, horizontal); padding is in pixels per side, or
+            'same': as much as makes ceil(size / stride) pixels of the output, an odd one after (TensorFlow's).
         groups: number of channel groups.
         bias: whether there is a bias.
         kernel_init, bias_init: initialisers; PyTorch's defaults if None.
@@ -40,7 +44,7 @@ class Conv2d(nnx.Module):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
@@ -49,35 +53,60 @@ class Conv2d(nnx.Module):
         bias_init: Initializer | None = None,
         rngs: nnx.Rngs,
     ):
+        if isinstance(padding, str) and padding != "same":
+            raise ConfigError(f"Conv2d: padding is in pixels, or 'same', not {padding!r}")
         self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
-        self.padding, self.dilation, self.groups = _pair(padding), _pair(dilation), groups
+        self.padding = None if isinstance(padding, str) else _pair(padding)  # None: what the images need
+        self.dilation, self.groups = _pair(dilation), groups
         shape = (*self.kernel_size, in_channels // groups, out_channels)
         default = torch_uniform(shape[0] * shape[1] * shape[2])
         self.kernel = nnx.Param((kernel_init or default)(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param((bias_init or default)(rngs.params(), (out_channels,), jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
-        kernel = self.kernel[...].astype(x.dtype)
-        if self.kernel_size == (1, 1) and self.padding == (0, 0) and self.groups == 1:
+        kernel, pads = self.kernel[...].astype(x.dtype), self._pads(x.shape[1:3])
+        if self.kernel_size == (1, 1) and pads == ((0, 0), (0, 0)) and self.groups == 1:
             # A 1x1 convolution as slice and one matmul: XLA:CPU needs a third of the time, gradients included.
             x = x[:, :: self.stride[0], :: self.stride[1]]
             y = (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
         else:
-            convolve = partial(_convolve, stride=self.stride, padding=self.padding, dilation=self.dilation)
+            convolve = partial(_convolve, stride=self.stride, padding=pads, dilation=self.dilation)
             whole = partial(convolve, groups=self.groups)
-            if 1 < self.groups < x.shape[-1]:
-                parts = partial(_convolve_in_parts, groups=self.groups, convolve=convolve)
-                y = lax.platform_dependent(x, kernel, cpu=parts, default=whole)
-            else:
+            if self.groups == 1:
                 y = whole(x, kernel)
+            else:
+                by_taps = self.groups == x.shape[-1] == kernel.shape[-1]
+                on_cpu: Callable[..., Array] = (
+                    partial(_by_taps, stride=self.stride, padding=pads, dilation=self.dilation)
+                    if by_taps
+                    else partial(_convolve_in_parts, groups=self.groups, convolve=convolve)
+                )
+                y = lax.platform_dependent(x, kernel, cpu=on_cpu, default=whole)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def _pads(self, size: Sequence[int]) -> Pads:
+        """Pixels (above, below), (left, right) for images of this size."""
+        if self.padding is not None:
+            return tuple((p, p) for p in self.padding)
+        need = (
+            max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            for n, k, s, d in zip(size, self.kernel_size, self.stride, self.dilation, strict=True)
+        )
+        return tuple((n // 2, n - n // 2) for n in need)
+
+
+Pads = tuple[tuple[int, int], ...]
+
+
+def _by_taps(x: Array, kernel: Array, stride: tuple[int, int], padding: Pads, dilation: tuple[int, int]) -> Array:
+    return depthwise_by_taps(x, kernel, stride, padding, dilation)  # its arguments have places, not names
 
 
 def _convolve(
     x: Array,
     kernel: Array,
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: Pads,
     dilation: tuple[int, int],
     groups: int = 1,
 ) -> Array:
@@ -85,7 +114,7 @@ def _convolve(
         x,
         kernel,
         stride,
-        [(p, p) for p in padding],
+        padding,
         rhs_dilation=dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
@@ -116,12 +145,61 @@ _MIN_PART, _MAX_PARTS = 32, 8
 
 
 class ConvModule(nnx.Module):
-    """A convolution without bias, its norm, and ReLU: `conv` and `bn`, as MMCV names them.
+    """A convolution, its norm and its activation: `conv` and `bn` (`ln`, `gn` for other norms), as MMCV names them.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding: as of `Conv2d`.
-        norm_cfg: the norm, as for `build_norm`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as of `Conv2d`.
+        bias: 'auto' is without a norm only.
+        conv_cfg: None, or dict(type='Conv2dAdaptivePadding') for `padding='same'`.
+        norm_cfg: the norm, as for `build_norm`; None for none.
+        act_cfg: the activation, as for `activation`; None for none.
         norm_eval: whether BatchNorm always uses its running statistics.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool | str = "auto",
+        conv_cfg: Mapping[str, Any] | None = None,
+        norm_cfg: Mapping[str, Any] | None = None,
+        act_cfg: Mapping[str, Any] | None = {"type": "ReLU"},
+        *,
+        norm_eval: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if conv_cfg and conv_cfg["type"] not in ("Conv2d", "Conv", "Conv2dAdaptivePadding"):
+            raise ConfigError(f"conv_cfg: no type {conv_cfg['type']!r}; there are Conv2d and Conv2dAdaptivePadding")
+        if conv_cfg and conv_cfg["type"] == "Conv2dAdaptivePadding":
+            padding = "same"
+        has_bias = norm_cfg is None if bias == "auto" else bool(bias)
+        self.conv = Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=has_bias, rngs=rngs
+        )
+        self.norm_name = "" if norm_cfg is None else norm_name(norm_cfg)
+        if norm_cfg is not None:
+            setattr(self, self.norm_name, build_norm(norm_cfg, out_channels, norm_eval=norm_eval, rngs=rngs))
+        self.act = None if act_cfg is None else activation(act_cfg)
+
+    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
+        x = self.conv(x)
+        if self.norm_name:
+            x = getattr(self, self.norm_name)(x)
+        return x if self.act is None else self.act(x)
+
+
+class DepthwiseSeparableConvModule(nnx.Module):
+    """A depthwise convolution and a 1x1 one, each with norm and activation (MMCV's `depthwise_conv`, `pointwise_conv`).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation: as of `ConvModule`.
+        norm_cfg, act_cfg: of both.
+        dw_norm_cfg, dw_act_cfg, pw_norm_cfg, pw_act_cfg: of one of them; 'default' is that of both.
     """
 
     def __init__(
@@ -131,16 +209,45 @@ class ConvModule(nnx.Module):
         kernel_size: int,
         stride: int = 1,
         padding: int = 0,
+        dilation: int = 1,
+        norm_cfg: Mapping[str, Any] | None = None,
+        act_cfg: Mapping[str, Any] | None = {"type": "ReLU"},
+        dw_norm_cfg: Any = "default",
+        dw_act_cfg: Any = "default",
+        pw_norm_cfg: Any = "default",
+        pw_act_cfg: Any = "default",
         *,
-        norm_cfg: Mapping[str, Any],
         norm_eval: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False, rngs=rngs)
-        self.bn = build_norm(norm_cfg, out_channels, norm_eval=norm_eval, rngs=rngs)
+        def own(cfg: Any, default: Any) -> Any:
+            return default if cfg == "default" else cfg
+
+        self.depthwise_conv = ConvModule(
+            in_channels,
+            in_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            in_channels,
+            norm_cfg=own(dw_norm_cfg, norm_cfg),
+            act_cfg=own(dw_act_cfg, act_cfg),
+            norm_eval=norm_eval,
+            rngs=rngs,
+        )
+        self.pointwise_conv = ConvModule(
+            in_channels,
+            out_channels,
+            1,
+            norm_cfg=own(pw_norm_cfg, norm_cfg),
+            act_cfg=own(pw_act_cfg, act_cfg),
+            norm_eval=norm_eval,
+            rngs=rngs,
+        )
 
     def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
-        return relu(self.bn(self.conv(x)))
+        return self.pointwise_conv(self.depthwise_conv(x))
 
 
 def _windows(size: int, kernel_size: int, stride: int, padding: int, ceil_mode: bool) -> tuple[int, int]:

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxpretrain.build import ConfigError, nearest
+from jaxpretrain.models.layers.activation import activation
 from jaxpretrain.models.layers.base import BaseModule
 from jaxpretrain.models.layers.drop import Dropout
 from jaxpretrain.models.layers.layer_scale import LayerScale
 from jaxpretrain.models.layers.linear import Linear
 from jaxpretrain.models.layers.norm import build_norm
-
-
-def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "GELU": partial(jax.nn.gelu, approximate=False),
-    "HSwish": jax.nn.hard_swish,
-    "QuickGELU": quick_gelu,
-    "ReLU": jax.nn.relu,
-    "SiLU": jax.nn.silu,
-    "Swish": jax.nn.silu,
-    "Tanh": jax.numpy.tanh,
-}
-
-
-def activation(act_cfg: Mapping[str, Any]) -> Callable[[Array], Array]:
-    """The function that an MMPretrain `act_cfg` names: `dict(type='GELU')`; a scope (`mmpretrain.GELU`) is ignored."""
-    name = str(act_cfg["type"]).rpartition(".")[2]
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"act_cfg: unknown type {name!r}.{nearest(name, ACTIVATIONS)}")
-    return ACTIVATIONS[name]
 
 
 class FFN(BaseModule):

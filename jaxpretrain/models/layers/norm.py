@@ -119,23 +119,68 @@ class BatchNorm(nnx.Module):
         self.num_batches_tracked.set_value(self.num_batches_tracked.get_value() + 1)
 
 
+class GroupNorm(nnx.Module):
+    """Normalises each image's channels in `num_groups` equal groups, over all positions (Wu & He, 2018), then scales and shifts.
+
+    Args:
+        num_features: size of the last axis.
+        num_groups: groups of channels.
+        eps: added to the (biased) variance.
+        affine: whether to learn scale and bias.
+    """
+
+    state_names: ClassVar = {"scale": "weight"}
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ):
+        if num_features % num_groups:
+            raise ConfigError(f"GroupNorm: {num_features} channels cannot be cut into {num_groups} equal groups")
+        self.num_groups, self.eps = num_groups, eps
+        self.scale = nnx.Param(jnp.ones((num_features,), jnp.float32)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((num_features,), jnp.float32)) if affine else None
+
+    def __call__(self, x: Float[Array, "b *spatial c"]) -> Float[Array, "b *spatial c"]:
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y.reshape(*x.shape[:-1], self.num_groups, -1)
+        axes = (*range(1, x.ndim - 1), x.ndim)
+        y = y - jnp.mean(y, axis=axes, keepdims=True)
+        y = (y * lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.eps)).reshape(x.shape)
+        if self.scale is not None and self.bias is not None:
+            y = y * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
 _NORMS: dict[str, type] = {
     "BN": BatchNorm,
     "BN1d": BatchNorm,
     "BN2d": BatchNorm,
     "SyncBN": BatchNorm,
+    "GN": GroupNorm,
     "LN": LayerNorm,
     "LN2d": LayerNorm,  # PyTorch needs another class for NCHW
 }
 
 
+def norm_name(cfg: Mapping[str, Any]) -> str:
+    """What MMCV calls a norm inside a module: `bn`, `ln`, `gn`."""
+    return {"SyncBN": "bn"}.get(cfg["type"], cfg["type"][:2].lower())
+
+
 def build_norm(
     cfg: Mapping[str, Any], num_features: int, *, norm_eval: bool = False, rngs: nnx.Rngs
-) -> LayerNorm | BatchNorm:
+) -> LayerNorm | BatchNorm | GroupNorm:
     """The layer that an MMPretrain `norm_cfg` describes.
 
-    Types: `BN`, `SyncBN` (BN with one group), `LN`. Other keys are the layer's arguments; `requires_grad=False` freezes
-    scale and bias. BN takes `groups`, the number of parts of the batch that are normalised apart (default 1).
+    Types: `BN`, `SyncBN` (BN with one group), `LN`, `GN` (`num_groups`). Other keys are the layer's arguments;
+    `requires_grad=False` freezes scale and bias. BN takes `groups`, the number of parts of the batch that are normalised
+    apart (default 1).
 
     Raises:
         ConfigError: an unknown type or argument, naming the nearest valid one; SyncBN with groups.

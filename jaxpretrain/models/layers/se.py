@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxpretrain.models.layers.base import BaseModule
-from jaxpretrain.models.layers.conv import Conv2d, global_avg_pool, relu
+from jaxpretrain.models.layers.conv import ConvModule, global_avg_pool
 from jaxpretrain.models.layers.intermediates import record
 
 
@@ -24,6 +26,10 @@ class SELayer(BaseModule):
         channels: channels of input and output.
         squeeze_channels: channels in between; None: `channels // ratio`, rounded to a multiple of `divisor`.
         ratio, divisor: see `squeeze_channels`.
+        bias: whether the convolutions have one; 'auto' is yes.
+        conv_cfg: accepted for MMPretrain's configs.
+        act_cfg: the activations after the first and the second, or one for both.
+        return_weight: give the factors [b, 1, 1, c] alone.
     """
 
     def __init__(
@@ -32,15 +38,20 @@ class SELayer(BaseModule):
         squeeze_channels: int | None = None,
         ratio: int = 16,
         divisor: int = 8,
+        bias: bool | str = "auto",
+        conv_cfg: Mapping[str, Any] | None = None,
+        act_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ({"type": "ReLU"}, {"type": "Sigmoid"}),
+        return_weight: bool = False,
         *,
         rngs: nnx.Rngs,
     ):
         squeezed = make_divisible(channels // ratio, divisor) if squeeze_channels is None else squeeze_channels
-        self.conv1 = nnx.Dict(conv=Conv2d(channels, squeezed, 1, rngs=rngs))
-        self.conv2 = nnx.Dict(conv=Conv2d(squeezed, channels, 1, rngs=rngs))
+        acts = (act_cfg, act_cfg) if isinstance(act_cfg, Mapping) else act_cfg
+        self.conv1 = ConvModule(channels, squeezed, 1, bias=bool(bias), act_cfg=acts[0], rngs=rngs)
+        self.conv2 = ConvModule(squeezed, channels, 1, bias=bool(bias), act_cfg=acts[1], rngs=rngs)
+        self.return_weight = return_weight
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        mean = global_avg_pool(x)[:, None, None]
-        weights = jax.nn.sigmoid(self.conv2["conv"](relu(self.conv1["conv"](mean))))
+        weights = self.conv2(self.conv1(global_avg_pool(x)[:, None, None]))
         record(self, "weights", weights)
-        return x * weights
+        return weights if self.return_weight else x * weights

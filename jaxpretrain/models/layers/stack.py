@@ -81,6 +81,39 @@ def apply_layers(
     return x, outputs
 
 
+def _save_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    """The remat policy 'dots' of a convolutional network: keep what convolutions and matmuls gave."""
+    return primitive.name in ("conv_general_dilated", "dot_general")
+
+
+def apply_block(
+    block: Any, x: Float[Array, "b ..."], *, rngs: nnx.Rngs | None = None, remat: str = "none"
+) -> Float[Array, "b ..."]:
+    """`block(x, rngs=rngs)` for a block that may have running statistics, as those of convolutional networks; its output is
+    recorded as `out`.
+
+    Args:
+        block: the block.
+        x: its input; any pytree.
+        rngs: for dropout and drop path.
+        remat: what is recomputed in the backward pass: 'none', 'full' (everything), or 'dots' (all but the results of
+            convolutions and matmuls).
+    """
+    if remat not in _POLICIES:
+        raise ConfigError(f"remat: unknown policy {remat!r}.{nearest(remat, _POLICIES)}")
+    if remat == "none" or capturing():
+        x = _call(block, x, rngs)
+    else:
+        policy = _save_products if remat == "dots" else _POLICIES[remat]
+        x = nnx.remat(_call, policy=policy)(block, x, rngs)
+    record(block, "out", x)
+    return x
+
+
+def _call(block: Any, x: Any, rngs: nnx.Rngs | None) -> Any:
+    return block(x, rngs=rngs)
+
+
 def _runs(layers: Sequence[Any], out_indices: Collection[int]) -> list[tuple[int, int, int]]:
     """Cuts the layers into runs (first layer, period, turns): `turns` times the same `period` kinds of layers.
 
