@@ -307,25 +307,22 @@ def test_line_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fro
 
 
 def test_console_messages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, before = logging.getLogger(), list(logging.getLogger().handlers)
-    try:
-        setup_logging()
-        setup_logging()
-        (console,) = [handler for handler in root.handlers if handler not in before]
-        stream = Terminal()
-        console.stream = stream  # type: ignore[attr-defined]
-        logging.getLogger("jaxpretrain").info("hello %d", 7)
-        logging.getLogger("jaxpretrain").warning("careful")
-        logging.getLogger("absl").info("chatter")
-        logging.getLogger("somebody").warning("theirs")
-        orbax = logging.LogRecord("absl", logging.ERROR, "/x/orbax/checkpoint/y.py", 1, "trace", (), None)
-        root.handle(orbax)
-        written = stream.getvalue().split("\r\x1b[K")[1:]
-        assert [line[9:] for line in written] == ["hello 7\n", "warning: careful\n", "warning: theirs\n"]
-        assert time.strptime(written[0][:8], "%H:%M:%S")
-    finally:
-        for handler in set(root.handlers) - set(before):
-            root.removeHandler(handler)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # a command that ran in this process has left its own
+    setup_logging()
+    setup_logging()
+    (console,) = root.handlers
+    stream = Terminal()
+    console.stream = stream  # type: ignore[attr-defined]
+    logging.getLogger("jaxpretrain").info("hello %d", 7)
+    logging.getLogger("jaxpretrain").warning("careful")
+    logging.getLogger("absl").info("chatter")
+    logging.getLogger("somebody").warning("theirs")
+    orbax = logging.LogRecord("absl", logging.ERROR, "/x/orbax/checkpoint/y.py", 1, "trace", (), None)
+    root.handle(orbax)
+    written = stream.getvalue().split("\r\x1b[K")[1:]
+    assert [line[9:] for line in written] == ["hello 7\n", "warning: careful\n", "warning: theirs\n"]
+    assert time.strptime(written[0][:8], "%H:%M:%S")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
