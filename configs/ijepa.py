@@ -5,7 +5,7 @@ with a linear probe.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/ijepa.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/ijepa.py:digits` | 2 CPU cores | 4.6 CPU min | probe 96.3, trained 97.0; kNN 76.8, 77.8 |
 | ijepa_vit-base-p16_600e_in1k | `--config=configs/ijepa.py` | 16 A100 | | 72.9 |
 | ijepa_vit-large-p16_600e_in1k | `--config=configs/ijepa.py:NAME` | 16 A100 | | 77.5 |
 | ijepa_vit-huge-p14_300e_in1k | | 16 A100 | | 79.3 |

@@ -5,7 +5,7 @@ are: linear probe on ImageNet-1k.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/npid.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/npid.py:digits` | 2 CPU cores | 1.7 CPU min | probe 80.1, trained 96.6; kNN 70.4, 89.9 |
 | npid_resnet50_8xb32-steplr-200e_in1k | `--config=configs/npid.py` | 8 GPUs | | 58.3 |
 | npid-ensure-neg_resnet50_8xb32-steplr-200e_in1k | `--config=configs/npid.py:NAME` | 8 GPUs | | - |
 

@@ -4,7 +4,7 @@ Measured here: `digits`, on 2 CPU cores. The other has not been run by us; publi
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/odc.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/odc.py:digits` | 2 CPU cores | 2.1 CPU min | probe 80.1, trained 89.2; kNN 70.4, 84.2 |
 | odc_resnet50_8xb64-steplr-440e_in1k | `--config=configs/odc.py` | 8 GPUs | | 53.42 |
 """
 

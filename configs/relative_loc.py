@@ -5,7 +5,7 @@ linear probe on ImageNet-1k.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/relative_loc.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/relative_loc.py:digits` | 2 CPU cores | 7.1 CPU min | probe 84.2, trained 88.6; kNN 63.3, 81.5 |
 | relative-loc_resnet50_8xb64-steplr-70e_in1k | `--config=configs/relative_loc.py` | 8 GPUs | | 40.4 |
 
 `8xb64` means 8 GPUs with 64 images each, normalised apart: BatchNorm in 8 groups. Colours are dropped on the device, from

@@ -5,7 +5,7 @@ linear probe on ImageNet-1k.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/rotation_pred.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/rotation_pred.py:digits` | 2 CPU cores | 4.9 CPU min | probe 80.1, trained 87.5; kNN 70.4, 85.5 |
 | rotation-pred_resnet50_8xb16-steplr-70e_in1k | `--config=configs/rotation_pred.py` | 8 GPUs | | 47.0 |
 """
 

@@ -4,7 +4,7 @@ Measured here: `digits`, on 2 CPU cores. The other has not been run by us; publi
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/swav.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/swav.py:digits` | 2 CPU cores | 4.9 CPU min | probe 80.1, trained 84.5; kNN 70.4, 74.4 |
 | swav_resnet50_8xb32-mcrop-coslr-200e_in1k-224px-96px | `--config=configs/swav.py` | 8 GPUs | | 70.5 |
 | resnet50_swav-pre_8xb32-linear-coslr-100e_in1k | | 8 GPUs | | 70.5 (linear probe) |
 

@@ -6,7 +6,7 @@ together, and keeps the learning rate out of its momentum; ours is MMPretrain's.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/vicreg.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/vicreg.py:digits` | 2 CPU cores | 2.6 CPU min | probe 80.1, trained 98.0; kNN 70.4, 98.3 |
 | vicreg_resnet50_32xb64-amp-coslr-1000e_in1k | `--config=configs/vicreg.py` | 32 GPUs | | 73.2 |
 | vicreg_resnet50_8xb64-amp-coslr-100e_in1k | `--config=configs/vicreg.py:NAME` | 8 GPUs | | |
 """
