@@ -187,7 +187,12 @@ def check_renamed(case: Case) -> None:
 
 def check_named(layout: str, name: str, ours: Mapping[str, Any]) -> None:
     """Names and shapes of a published model are those of ours, in both directions."""
-    golden = {key: tuple(shape) for key, shape in load(f"{layout}_models")["models"][name].items()}
+    check_state(layout, load(f"{layout}_models")["models"][name], ours)
+
+
+def check_state(layout: str, keys: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """The names and shapes `keys` of a layout are those of our model, in both directions."""
+    golden = {key: tuple(shape) for key, shape in keys.items()}
     model = abstract(ours)
     fit = fitting.recognise(model, _zeros(golden), layout, None, False)
     assert not fit.leftovers(), f"{fit.unused} {fit.missing()} {fit.wrong()} {fit.incomplete}"
@@ -246,7 +251,7 @@ def _make(case: Case) -> None:
     )
 
 
-def _make_named(layout: str, names: Any) -> None:
+def _make_named(layout: str, names: Any, file: str = "") -> None:
     import torch
 
     library = importlib.import_module(layout)
@@ -255,7 +260,7 @@ def _make_named(layout: str, names: Any) -> None:
     for name in names:
         with torch.device("meta"):
             models[name] = {key: tuple(tensor.shape) for key, tensor in create(name).state_dict().items()}
-    _write(f"{layout}_models", dict(library=f"{layout} {library.__version__}", models=models))
+    _write(file or f"{layout}_models", dict(library=f"{layout} {library.__version__}", models=models))
 
 
 if __name__ == "__main__":

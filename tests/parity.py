@@ -167,7 +167,7 @@ def reference_layout(tree: Any, key: str, prefix: str = "") -> np.ndarray:
     for part in path:
         tree = tree[_key(part)]
     leaf = next(name for name in ("kernel", "scale", "weight") if name in tree) if leaf == "weight" else leaf
-    array = np.asarray(tree[leaf])
+    array = np.asarray(tree[_key(leaf)])
     if leaf == "kernel":
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     return array

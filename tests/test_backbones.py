@@ -22,11 +22,11 @@ GOLDEN = [(name, case) for name, case in CASES.items() if case.golden]
 BATCH = 4
 
 
-def images(size: int, batch: int = BATCH) -> np.ndarray:
+def images(size: int, batch: int = BATCH, channels: int = 3) -> np.ndarray:
     """Blobs on noise: neighbouring pixels are alike, as in photographs."""
     rng = np.random.default_rng(0)
-    coarse = jax.image.resize(rng.standard_normal((batch, 4, 4, 3)), (batch, size, size, 3), "linear")
-    return np.asarray(coarse + 0.2 * rng.standard_normal((batch, size, size, 3)), np.float32)
+    coarse = jax.image.resize(rng.standard_normal((batch, 4, 4, channels)), (batch, size, size, channels), "linear")
+    return np.asarray(coarse + 0.2 * rng.standard_normal((batch, size, size, channels)), np.float32)
 
 
 def tensors(output: Any) -> list[Any]:
@@ -105,6 +105,7 @@ def test_classifier_equals_reference(name: str, file: str) -> None:
     feats, logits = run(params, rest, reference_input(tuple(golden["input_shape"])))
     summaries = jax.tree.leaves(golden["features"], is_leaf=lambda node: isinstance(node, dict))
     for array, summary in zip(tensors(feats), summaries, strict=True):
+        array = array.swapaxes(1, 2) if case.channels_first and array.ndim == 3 else array
         assert_summary(array, summary, case.tolerance)
     for ours, theirs in zip(
         logits if isinstance(logits, tuple) else (logits,),
@@ -119,7 +120,7 @@ def test_contract(name: str) -> None:
     """In eval mode: the same twice, in bfloat16, at other sizes, at several stages, and by name from inside."""
     case = CASES[name]
     model = made(case.config, training=False)
-    x = images(case.size)
+    x = images(case.size, channels=case.channels)
     outputs = call(model, x)
     assert all(np.isfinite(out).all() and out.dtype == jnp.float32 and len(out) == BATCH for out in outputs)
     for one, again in zip(outputs, call(model, x, seed=3), strict=True):
@@ -128,7 +129,7 @@ def test_contract(name: str) -> None:
         assert half.dtype == jnp.bfloat16
         assert_close(half, full, case.bfloat16)
     if case.other_size:
-        other = call(model, images(case.other_size))
+        other = call(model, images(case.other_size, channels=case.channels))
         assert all(np.isfinite(out).all() for out in other)
         assert [out.shape[-1] for out in other] == [out.shape[-1] for out in outputs]
     _, found = intermediates(model, x[:1], names="*.out")
@@ -144,7 +145,7 @@ def test_contract(name: str) -> None:
 def test_learns(name: str) -> None:
     """In training: a gradient for every parameter, running statistics that move; frozen stages that stand still; remat."""
     case = CASES[name]
-    x = images(case.size)
+    x = images(case.size, channels=case.channels)
     model = made(case.config, training=True)
     value, grads, rest = loss_grads(model, x)
     before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
@@ -175,7 +176,7 @@ def test_drop_path(name: str) -> None:
     """Samples skip branches in training, each draw other ones."""
     case = CASES[name]
     model = made(case.config | {case.drop_path_rate: 0.5}, training=True)
-    x = np.repeat(images(case.size, 1), 8, axis=0)  # of one image: what differs was drawn
+    x = np.repeat(images(case.size, 1, case.channels), 8, axis=0)  # of one image: what differs was drawn
     one = call(model, x, seed=1)[-1]
     assert any(np.abs(np.asarray(row) - np.asarray(one[0])).max() > 1e-3 for row in one[1:])
     assert np.abs(np.asarray(call(model, x, seed=2)[-1]) - np.asarray(one)).max() > 1e-3
@@ -191,7 +192,7 @@ def test_frozen_stages(name: str) -> None:
     learns = len(nnx.state(model, nnx.Param).flat_state())
     assert 0 < learns < usual and frozen
     before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-    _, _, rest = loss_grads(model, images(case.size))
+    _, _, rest = loss_grads(model, images(case.size, channels=case.channels))
     after = dict(jax.tree_util.tree_leaves_with_path(rest))
     frozen_parts = {str(path[:-1]) for path, _ in frozen}
     for path, leaf in jax.tree_util.tree_leaves_with_path(before):

@@ -40,6 +40,7 @@ SOFT_LABELS = {
     for part in ("type", "loss.use_soft")
 }
 LATE_JITTER = {"augmentation order": "colours change on the device, so after cropping instead of before"}
+JITTER_BEHIND_ERASING = {"augmentation order": "colour jitter runs on the device, so after erasing instead of before"}
 DEVIATIONS: dict[str, dict[str, str]] = {
     "beit_beit-base-p16_8xb256-amp-coslr-300e_in1k": LATE_JITTER,
     "beitv2_beit-base-p16_8xb256-amp-coslr-300e_in1k": LATE_JITTER,
@@ -47,6 +48,8 @@ DEVIATIONS: dict[str, dict[str, str]] = {
     "densecl_resnet50_8xb32-coslr-200e_in1k": {
         "method.start_iters": "the dense loss begins after 1,000 steps in the paper's code; MMPretrain's recipe lost its hook"
     },
+    "itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-300e_in1k": LATE_JITTER,
+    "itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-800e_in1k": LATE_JITTER,
     "resnet50_8xb16-mixup_cifar10": SOFT_LABELS,
     "resnet50_8xb32-mixup_in1k": SOFT_LABELS,
     "resnet50_8xb32-cutmix_in1k": SOFT_LABELS
@@ -59,9 +62,9 @@ DEVIATIONS: dict[str, dict[str, str]] = {
     "vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px": {
         "batch": "the file forgets the 8 images per GPU of its name; ours then scales the learning rate with the batch"
     },
-    "vit-base-p16_maskfeat-pre_8xb256-coslr-100e_in1k": {
-        "augmentation order": "colour jitter runs on the device, so after erasing instead of before"
-    },
+    "vit-base-p16_maskfeat-pre_8xb256-coslr-100e_in1k": JITTER_BEHIND_ERASING,
+    **dict.fromkeys(("hornet-tiny_3rdparty_in1k", "hornet-tiny-gf_3rdparty_in1k"), BATCH_OF_THE_NAME),
+    **{f"van-{arch}_3rdparty_in1k": JITTER_BEHIND_ERASING for arch in ("tiny", "small", "base", "large")},
 }
 
 

@@ -26,6 +26,14 @@ _MODULES = (
     "torchvision",
     "huggingface",
     "originals",
+    "reparam",
+    "efficient",
+    "convnext",
+    "classic",
+    "hierarchical",
+    "mobile",
+    "sparse",
+    "transformers",
 )
 LAYOUTS = (
     "timm",
@@ -45,6 +53,23 @@ LAYOUTS = (
     "ijepa",
     "sam",
     "swin",
+    "levit",
+    "tinyvit",
+    "poolformer",
+    "efficientformer",
+    "convnext",
+    "xcit",
+    "hornet",
+    "van",
+    "hivit",
+    "itpn",
+    "mixmim",
+    "vig",
+    "repvgg",
+    "mobileone",
+    "replknet",
+    "repmlp",
+    "spark",
 )
 
 
@@ -221,6 +246,9 @@ def _fit(
     translated = {n: v for n, v in result.state.items() if not (reinit and n.startswith("head."))}
     if reinit:  # a new head is all new
         reinit = {name for name in shapes if name.startswith("head.")}
+    updates = {name for name in shapes if ".lora_" in name}
+    if not updates & translated.keys():  # the file is of the network that LoRA adapts
+        reinit |= updates
     known = shapes.keys() | derived.keys()
     unused = {name: state[name].shape for name in result.unused}
     unused |= {result.origins[name]: array.shape for name, array in translated.items() if name not in known}

@@ -73,7 +73,7 @@ def read_weights(
     fit.check(source)
     paths = with_root(hub.names(core), core)
     arrays = {root + paths[n]: hub.from_torch(paths[n], array) for n, array in fit.state.items() if n in paths}
-    if fit.reinit:
+    if any(name.startswith("head.") for name in fit.reinit):
         arrays |= {(*root, "head", *path): array for path, array in _new_head(core.head, seed).items()}
     return Report(source, OURS if layout == OURS else fit.layout, arrays, fit.ignored, sorted(fit.reinit))
 

@@ -122,6 +122,9 @@ class MAEPretrainDecoder(BaseModule):
         norm_cfg: all norms.
         predict_feature_dim: channels to predict; by default the pixels of a patch.
         init_cfg: initialisation, MMEngine's dictionaries.
+        with_cls_token: whether a class token comes first. MMPretrain always takes the first token for one, also a HiViT's,
+            which has none: its first visible patch. Its other visible patches then get the place of the one before them.
+            Its recipes and weights are so.
 
     Attributes:
         scan_layers, remat: how the layers are run (see `apply_layers`); False and 'none' unless set.
@@ -140,6 +143,7 @@ class MAEPretrainDecoder(BaseModule):
         norm_cfg: Mapping[str, Any] = {"type": "LN", "eps": 1e-6},
         predict_feature_dim: int | None = None,
         init_cfg: Any = None,
+        with_cls_token: bool = True,
         *,
         rngs: nnx.Rngs,
     ):
@@ -147,7 +151,7 @@ class MAEPretrainDecoder(BaseModule):
         grid: tuple[int, int] = (side, side) if isinstance(num_patches, int) else (num_patches[0], num_patches[1])
         if isinstance(num_patches, int) and math.prod(grid) != num_patches:
             raise ConfigError(f"MAEPretrainDecoder: num_patches={num_patches} is no square; give (down, across)")
-        self.grid, self.init_cfg = grid, init_cfg
+        self.grid, self.init_cfg, self.num_extra_tokens = grid, init_cfg, int(with_cls_token)
         self.scan_layers, self.remat = False, "none"
         self.decoder_embed = Linear(embed_dim, decoder_embed_dim, rngs=rngs)
         self.mask_token = nnx.Param(jnp.zeros((1, 1, decoder_embed_dim)))
@@ -168,7 +172,8 @@ class MAEPretrainDecoder(BaseModule):
         self.decoder_pred = Linear(decoder_embed_dim, predict_feature_dim or patch_size**2 * in_chans, rngs=rngs)
 
     def _positions(self) -> Float[Array, "1 n c"]:
-        return build_2d_sincos_position_embedding(self.grid, self.decoder_embed.out_features, cls_token=True)
+        width, first = self.decoder_embed.out_features, bool(self.num_extra_tokens)
+        return build_2d_sincos_position_embedding(self.grid, width, cls_token=first)
 
     def init_weights(self, rngs: nnx.Rngs) -> None:
         """Besides `init_cfg`: the mask token from N(0, 0.02)."""
@@ -193,13 +198,14 @@ class MAEPretrainDecoder(BaseModule):
             )
         x = self.decoder_embed(x)
         b, n, c = *ids_restore.shape, x.shape[2]
-        cls_token, visible = x[:, :1], x[:, 1:]
+        first = self.num_extra_tokens
+        cls_token, visible = x[:, :first], x[:, first:]
         mask_tokens = jnp.broadcast_to(self.mask_token[...].astype(x.dtype), (b, n - visible.shape[1], c))
         patches = jnp.concatenate([visible, mask_tokens], axis=1)
         patches = jnp.take_along_axis(patches, ids_restore[:, :, None], axis=1)
         x = jnp.concatenate([cls_token, patches], axis=1) + self.decoder_pos_embed[...].astype(x.dtype)
         x, _ = apply_layers(self.decoder_blocks, x, rngs=rngs, scan_layers=self.scan_layers, remat=self.remat)
-        return self.decoder_pred(self.ln1(x))[:, 1:]
+        return self.decoder_pred(self.ln1(x))[:, first:]
 
 
 class MAEPretrainHead(BaseModule):
@@ -260,8 +266,8 @@ class MAEPretrainHead(BaseModule):
 class MAE(BaseSelfSupervisor):
     """Reconstructs the pixels of hidden patches from visible ones, by an encoder, and a decoder that is dropped later.
 
-    The backbone is a `MAEViT`; the neck the decoder, whose `num_patches` and `embed_dim` are the backbone's where not given;
-    the head makes targets and loss. `init_cfg` is by default the paper's, as in MMPretrain's recipes.
+    The backbone is a `MAEViT` or a `MAEHiViT`; the neck the decoder, whose `num_patches` and `embed_dim` are the backbone's
+    where not given; the head makes targets and loss. `init_cfg` is by default the paper's, as in MMPretrain's recipes.
 
     Raises:
         ConfigError: parts that do not fit together.
@@ -334,5 +340,6 @@ class MAE(BaseSelfSupervisor):
 
         MMPretrain probes the class token, and fine-tunes the mean; in small encoders the mean says more.
         """
-        tokens = last(self.extract_feat(images))[:, self.backbone.num_extra_tokens :]
+        tokens = last(self.extract_feat(images))  # HiViT's are a map
+        tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])[:, self.backbone.num_extra_tokens :]
         return tokens.mean(axis=1, dtype=jnp.promote_types(tokens.dtype, jnp.float32)).astype(tokens.dtype)

@@ -6,7 +6,7 @@ strides in the 3x3 convolution (`style='pytorch'`), V1c has a deep stem, V1d als
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -16,27 +16,20 @@ from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError
 from jaxpretrain.models.layers.base import BaseModule, freeze_stage
-from jaxpretrain.models.layers.conv import Conv2d, ConvModule, avg_pool2d, max_pool2d, relu
+from jaxpretrain.models.layers.conv import Conv2d, ConvModule, max_pool2d, relu
 from jaxpretrain.models.layers.drop import drop_path
 from jaxpretrain.models.layers.intermediates import record
 from jaxpretrain.models.layers.norm import BatchNorm, GroupNorm, LayerNorm, build_norm
+from jaxpretrain.models.layers.sequence import AvgPool2d
 from jaxpretrain.models.layers.stack import apply_block
+
+Norm = BatchNorm | LayerNorm | GroupNorm
 
 _BN = {"type": "BN", "requires_grad": True}
 _INIT = (
     {"type": "Kaiming", "layer": ["Conv2d"]},
     {"type": "Constant", "val": 1, "layer": ["_BatchNorm", "GroupNorm"]},
 )
-
-
-class AvgPool2d(nnx.Module):
-    """Average pooling as a layer without parameters: windows of `kernel_size`, of which a last one may hang over."""
-
-    def __init__(self, kernel_size: int):
-        self.kernel_size = kernel_size
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        return avg_pool2d(x, self.kernel_size, ceil_mode=True, count_include_pad=False)
 
 
 class ResidualBlock(BaseModule):
@@ -78,20 +71,16 @@ class ResidualBlock(BaseModule):
             padding, parts = dilation * (size // 2), 1 if size == 1 else groups
             return Conv2d(ins, outs, size, stride, padding, dilation, parts, bias=False, rngs=rngs)
 
-        def norm(channels: int) -> BatchNorm | LayerNorm | GroupNorm:
+        def norm(channels: int) -> Norm:
             return build_norm(norm_cfg, channels, norm_eval=norm_eval, rngs=rngs)
 
         layout = self.layout(mid_channels, out_channels, stride, dilation, style)
         self.num_convs = len(layout)
-        ins = in_channels
-        for i, (outs, size, conv_stride, conv_dilation) in enumerate(layout, start=1):
-            setattr(self, f"conv{i}", conv(ins, outs, size, conv_stride, conv_dilation))
-            setattr(self, f"bn{i}", norm(outs))
-            ins = outs
+        self.build_branch(in_channels, layout, conv, norm, groups, rngs)
         if stride == 1 and in_channels == out_channels:
             self.downsample = None
         else:
-            pool = [AvgPool2d(stride)] if avg_down and stride != 1 else []
+            pool = [AvgPool2d(stride, ceil_mode=True, count_include_pad=False)] if avg_down and stride != 1 else []
             project = conv(in_channels, out_channels, 1, 1 if pool else stride)
             self.downsample = nnx.List([*pool, project, norm(out_channels)])
 
@@ -99,6 +88,30 @@ class ResidualBlock(BaseModule):
     def layout(mid: int, outs: int, stride: int, dilation: int, style: str) -> list[tuple[int, int, int, int]]:
         """The branch's convolutions: (channels, kernel size, stride, dilation) of each."""
         raise NotImplementedError
+
+    def build_branch(
+        self,
+        in_channels: int,
+        layout: Sequence[tuple[int, int, int, int]],
+        conv: Callable[..., Conv2d],
+        norm: Callable[[int], Norm],
+        groups: int,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Sets what `branch` applies: `conv1`, `bn1`, `conv2`, ...; the scale of the last norm may start as zero.
+
+        Args:
+            in_channels: channels of the input.
+            layout: what `layout` gives.
+            conv: makes a convolution without bias of (channels in, out, kernel size, stride, dilation).
+            norm: makes a norm for a number of channels.
+            groups: of 3x3 convolutions; those that `conv` makes have them.
+            rngs: for other layers.
+        """
+        for i, (outs, size, stride, dilation) in enumerate(layout, start=1):
+            setattr(self, f"conv{i}", conv(in_channels, outs, size, stride, dilation))
+            setattr(self, f"bn{i}", norm(outs))
+            in_channels = outs
 
     def __call__(self, x: Float[Array, "b h w in"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "b h2 w2 out"]:
         shortcut = x
@@ -208,6 +221,9 @@ class ResNet(BaseModule):
         self.depth, self.num_stages, self.out_indices = depth, num_stages, tuple(out_indices)
         self.base_channels, self.deep_stem, self.zero_init_residual = base_channels, deep_stem, zero_init_residual
         self.remat = "full" if with_cp else "none"
+        if depth not in self.arch_settings:
+            name = type(self).__name__
+            raise ConfigError(f"{name} has no depth {depth!r}; its depths are {sorted(self.arch_settings)}")
         self._check(strides, dilations, style, frozen_stages)
 
         self._build_stem(in_channels, stem_channels, norm_cfg, norm_eval, rngs)
@@ -245,8 +261,6 @@ class ResNet(BaseModule):
 
     def _check(self, strides: Sequence[int], dilations: Sequence[int], style: str, frozen_stages: int) -> None:
         name, stages = type(self).__name__, self.num_stages
-        if self.depth not in self.arch_settings:
-            raise ConfigError(f"{name} has no depth {self.depth!r}; its depths are {sorted(self.arch_settings)}")
         if not 1 <= stages <= 4:
             raise ConfigError(f"{name}: num_stages is 1 to 4, not {stages}")
         if len(strides) != stages or len(dilations) != stages:

@@ -36,6 +36,7 @@ def get_model(
     strict: bool = True,
     url_mapping: UrlMapping | None = None,
     seed: int = 0,
+    fuse: bool = False,
     **overrides: Any,
 ) -> Any:
     """A model of the zoo, or of a configuration, in eval mode.
@@ -62,6 +63,7 @@ def get_model(
         url_mapping: (regular expression, replacement) applied to URLs of weights, for a mirror or a local folder:
             `('https://.*/', './checkpoints/')`.
         seed: of random weights.
+        fuse: the form for inference: branches are one layer, BatchNorms are melted into convolutions (`models.fuse`).
         overrides: changes to the configuration, merged into it: `backbone=dict(out_indices=(1, 2, 3))`. A part with
             another `type` replaces the old one, as `_delete_=True` does; None removes a part, and its weights are left
             out: `head=None, neck=None`.
@@ -89,7 +91,7 @@ def get_model(
             raise ConfigError(
                 "get_model: weights cannot be loaded inside jit or eval_shape; pass pretrained=False there"
             )
-        return _finish(_build(info, seed), info)
+        return _finish(_fused(_build(info, seed), fuse), info)
 
     import jax
 
@@ -105,6 +107,7 @@ def get_model(
                 _copy_what_fits(_with_weights(unchanged, pretrained, [], **options), module)
         else:
             module = _with_random_weights(info, seed)
+        module = _fused(module, fuse)
     return place(_finish(module, info), target)
 
 
@@ -258,6 +261,7 @@ def _with_weights(
 ) -> Any:
     """The model with weights, which are read straight into it; without those of the parts called `removed`."""
     from jaxpretrain.interop import InteropError, load_weights
+    from jaxpretrain.models.fuse import abstract_fused, is_fused
     from jaxpretrain.zoo.weights import converted_weights, local_file
 
     if source is True and not info.name:
@@ -266,7 +270,7 @@ def _with_weights(
         )
     published = source is True or source == info.weights
     file = converted_weights(info, url_mapping) if published else local_file(source, url_mapping)
-    module = abstract(info.model)
+    module = abstract_fused(info.model) if is_fused(file) else abstract(info.model)
     try:
         load_weights(module, file, drop=[rf"^{part}\." for part in removed], reinit_head=reinit_head, seed=seed)
     except InteropError as error:
@@ -295,6 +299,14 @@ def _copy_what_fits(source: Any, target: Any) -> None:
         if paths:
             names = ", ".join(".".join(map(str, path)) for path in paths)
             warnings.warn(f"get_model(strict=False): {what}: {names}", stacklevel=3)
+
+
+def _fused(module: Any, fuse: bool) -> Any:
+    if fuse:
+        from jaxpretrain.models.fuse import for_inference
+
+        for_inference(module)
+    return module
 
 
 def _finish(module: Any, info: ModelInfo) -> Any:

@@ -23,6 +23,8 @@ class Backbone:
         bfloat16: tolerance in bfloat16, of the largest magnitude.
         tolerance: of the golden numbers, of the largest magnitude; a larger one needs its reason beside it.
         remat: whether the backbone has an attribute `remat`.
+        channels: of the images.
+        channels_first: whether golden tokens are [B, C, N], which are [B, N, C] here.
     """
 
     config: dict[str, Any]
@@ -36,3 +38,5 @@ class Backbone:
     bfloat16: float = 0.15
     tolerance: float = 1e-5
     remat: bool = True
+    channels: int = 3
+    channels_first: bool = False

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
 from jaxpretrain.build import ConfigError, nearest
@@ -53,3 +54,13 @@ def activation(act_cfg: Mapping[str, Any]) -> Callable[[Array], Array]:
         raise ConfigError(f"act_cfg: unknown type {name!r}.{nearest(name, ACTIVATIONS)}")
     function = ACTIVATIONS[name]
     return partial(function, **args) if args else function
+
+
+class Activation(nnx.Module):
+    """The function that `act_cfg` names, as a layer without parameters: for lists of layers that are called by place."""
+
+    def __init__(self, act_cfg: Mapping[str, Any]):
+        self.function = activation(act_cfg)
+
+    def __call__(self, x: Array) -> Array:
+        return self.function(x)

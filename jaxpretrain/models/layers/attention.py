@@ -19,13 +19,13 @@ def scaled_dot_product_attention(
     module: nnx.Module,
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
-    v: Float[Array, "b m h d"],
+    v: Float[Array, "b m h e"],
     *,
     scale: float,
     bias: Float[Array, "..."] | None = None,
     dropout: Dropout | None = None,
     rngs: nnx.Rngs | None = None,
-) -> Float[Array, "b n h d"]:
+) -> Float[Array, "b n h e"]:
     """softmax(scale * q k^T + bias) v for each head, in the dtype of q; the softmax is taken in float32 at least.
 
     Args:
@@ -36,14 +36,16 @@ def scaled_dot_product_attention(
         dropout: dropout of the weights, with `rngs` in training.
     """
     dropping = dropout is not None and dropout.rate and not dropout.deterministic
-    if q.dtype != jnp.float64 and not dropping and not wanted(module, "weights"):
+    alike = q.shape[-1] == v.shape[-1]
+    if alike and q.dtype != jnp.float64 and not dropping and not wanted(module, "weights"):
         if bias is not None:
             bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
         # cuDNN's kernel learns a bias for even numbers of tokens only; 14x14 patches with a class token are odd, as are
         # Swin's windows of 7x7.
         cudnn = bias is None and _has_cudnn_kernel(q)
         return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation="cudnn" if cudnn else "xla")
-    # By hand: JAX's function has no dropout, shows no weights, and takes the softmax in float32 even of float64 logits.
+    # By hand: JAX's function has no dropout, shows no weights, takes the softmax in float32 even of float64 logits, and
+    # wants values to have as many channels as keys.
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
     logits = logits * scale if bias is None else (logits * scale + bias).astype(logits.dtype)
     weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)

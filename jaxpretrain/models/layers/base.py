@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from flax import nnx
 
+from jaxpretrain.build import ConfigError
 from jaxpretrain.models.layers.init import apply_init_cfg
 
 T = TypeVar("T", bound=nnx.Module)
@@ -40,6 +41,18 @@ def freeze_stage(module: T) -> T:
     freeze(module)
     module.set_attributes(norm_eval=True, drop_path_rate=0.0, raise_if_not_found=False)
     return module
+
+
+def freeze_first(parts: Sequence[nnx.Module], frozen_stages: int, owner: str) -> None:
+    """Freezes the stem and the first `frozen_stages` stages of `parts`, which are in this order; nothing if that is -1.
+
+    Raises:
+        ConfigError: more stages than the `owner` has.
+    """
+    if not -1 <= frozen_stages < len(parts):
+        raise ConfigError(f"{owner}: frozen_stages is -1 (none) to {len(parts) - 1}, not {frozen_stages}")
+    for part in parts[: frozen_stages + 1]:
+        freeze_stage(part)
 
 
 def children(module: Any) -> Iterator[BaseModule]:

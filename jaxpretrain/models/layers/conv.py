@@ -144,6 +144,49 @@ def _convolve_in_parts(
 _MIN_PART, _MAX_PARTS = 32, 8
 
 
+class ConvTranspose2d(nnx.Module):
+    """The transpose of a 2-D convolution, which enlarges [B, H, W, in] images: PyTorch's `ConvTranspose2d`.
+
+    Its kernel is that of the convolution from `out_channels` to `in_channels` that it transposes: [kh, kw, out, in].
+
+    Args:
+        in_channels, out_channels: channels of input and output.
+        kernel_size, stride, padding: of the convolution; sides become (n - 1) * stride + kernel_size - 2 * padding.
+        bias: whether there is a bias.
+    """
+
+    state_names: ClassVar = {"kernel": "weight"}
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.stride, self.padding = stride, padding
+        shape = (kernel_size, kernel_size, out_channels, in_channels)
+        default = torch_uniform(kernel_size**2 * out_channels)
+        self.kernel = nnx.Param(default(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(default(rngs.params(), (out_channels,), jnp.float32)) if bias else None
+
+    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
+        edge = self.kernel.shape[0] - 1 - self.padding
+        y = lax.conv_transpose(
+            x,
+            self.kernel[...].astype(x.dtype),
+            (self.stride, self.stride),
+            [(edge, edge)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            transpose_kernel=True,
+        )
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
 class ConvModule(nnx.Module):
     """A convolution, its norm and its activation: `conv` and `bn` (`ln`, `gn` for other norms), as MMCV names them.
 

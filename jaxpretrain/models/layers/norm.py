@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxpretrain.build import ConfigError, build, nearest
 from jaxpretrain.models.layers.base import freeze
@@ -79,17 +79,22 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.float32))
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
-    def __call__(self, x: Float[Array, "b *spatial c"]) -> Float[Array, "b *spatial c"]:
+    def __call__(
+        self, x: Float[Array, "b *spatial c"], visible: Bool[Array, "b *spatial"] | None = None
+    ) -> Float[Array, "b *spatial c"]:
+        """`x` normalised; with `visible`, only positions where it is true count, and the others become zero."""
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.use_running_average or self.norm_eval:
             y = (y - self.mean[...]) * lax.rsqrt(self.var[...].astype(y.dtype) + self.eps)
         else:
-            y = self._normalise_by_batch(y)
+            y = self._normalise_by_batch(y, visible)
         if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
+        if visible is not None:
+            y = jnp.where(visible[..., None], y, 0)
         return y.astype(x.dtype)
 
-    def _normalise_by_batch(self, x: Array) -> Array:
+    def _normalise_by_batch(self, x: Array, visible: Array | None) -> Array:
         batch, groups = x.shape[0], self.groups
         if batch % groups:
             raise ConfigError(
@@ -105,11 +110,16 @@ class BatchNorm(nnx.Module):
         # A leading axis of size 1 would make XLA:CPU reduce [batch, channels] along the slow axis (5x slower backward).
         y = x if groups == 1 else x.reshape(groups, batch // groups, *x.shape[1:])
         axes = tuple(range(0 if groups == 1 else 1, y.ndim - 1))
+        where = None if visible is None else visible.reshape(*y.shape[:-1], 1)
+        unbiased: Any = count / (count - 1)
+        if where is not None:
+            counts = where.sum(axis=axes).reshape(groups, 1)
+            unbiased = counts / jnp.maximum(counts - 1, 1)
         # Two passes: E[x^2] - E[x]^2 in one pass loses all digits where the mean is large against the deviation.
-        mean = jnp.mean(y, axis=axes, keepdims=True)
+        mean = jnp.mean(y, axis=axes, keepdims=True, where=where)
         y = y - mean
-        var = jnp.mean(jnp.square(y), axis=axes, keepdims=True)
-        self._update_running(mean.reshape(groups, -1), var.reshape(groups, -1) * (count / (count - 1)))
+        var = jnp.mean(jnp.square(y), axis=axes, keepdims=True, where=where)
+        self._update_running(mean.reshape(groups, -1), var.reshape(groups, -1) * unbiased)
         return (y * lax.rsqrt(var + self.eps)).reshape(x.shape)
 
     def _update_running(self, mean: Float[Array, "g c"], var: Float[Array, "g c"]) -> None:
@@ -165,12 +175,17 @@ _NORMS: dict[str, type] = {
     "GN": GroupNorm,
     "LN": LayerNorm,
     "LN2d": LayerNorm,  # PyTorch needs another class for NCHW
+    # Of images of which a part is hidden: `layers.sparse` tells them which.
+    "SparseBatchNorm2d": BatchNorm,
+    "SparseSyncBatchNorm2d": BatchNorm,
+    "SparseLN2d": LayerNorm,
 }
 
 
 def norm_name(cfg: Mapping[str, Any]) -> str:
     """What MMCV calls a norm inside a module: `bn`, `ln`, `gn`."""
-    return {"SyncBN": "bn"}.get(cfg["type"], cfg["type"][:2].lower())
+    kinds = {"SyncBN": "bn", "SparseBatchNorm2d": "bn", "SparseSyncBatchNorm2d": "bn", "SparseLN2d": "ln"}
+    return kinds.get(cfg["type"], cfg["type"][:2].lower())
 
 
 def build_norm(
@@ -189,8 +204,8 @@ def build_norm(
     kind, requires_grad = args.pop("type", None), args.pop("requires_grad", True)
     if kind not in _NORMS:
         raise ConfigError(f"norm_cfg: unknown type {kind!r}.{nearest(str(kind), _NORMS)}")
-    if kind == "SyncBN" and args.get("groups", 1) != 1:
-        raise ConfigError("norm_cfg: SyncBN normalises the whole batch at once; use type 'BN' with groups")
+    if kind in ("SyncBN", "SparseSyncBatchNorm2d") and args.get("groups", 1) != 1:
+        raise ConfigError(f"norm_cfg: {kind} normalises the whole batch at once; use type 'BN' with groups")
     if _NORMS[kind] is BatchNorm:
         args["norm_eval"] = norm_eval
     layer = build({"type": _NORMS[kind], "num_features": num_features, "rngs": rngs, **args})

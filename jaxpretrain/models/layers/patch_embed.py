@@ -88,3 +88,35 @@ class PatchEmbed(BaseModule):
         """Patches down and across in an image of this size."""
         p, q = self.patch_size
         return (-(-height // p), -(-width // q)) if self.padded else (height // p, width // q)
+
+
+class ConvPatchEmbed(BaseModule):
+    """Images to a map of tokens by a convolution (`projection`), whose windows may overlap.
+
+    Args:
+        in_channels: channels of the images.
+        embed_dims: channels of the tokens.
+        kernel_size, stride, padding: of the convolution, as of `Conv2d`; `stride` is the kernel size if None.
+        bias: whether the convolution has a bias.
+        norm_cfg: a norm behind it; none by default.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dims: int,
+        kernel_size: int = 7,
+        stride: int | None = None,
+        padding: int | str = "same",
+        bias: bool = True,
+        norm_cfg: Mapping[str, Any] | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        stride = kernel_size if stride is None else stride
+        self.projection = Conv2d(in_channels, embed_dims, kernel_size, stride, padding, bias=bias, rngs=rngs)
+        self.norm = build_norm(norm_cfg, embed_dims, rngs=rngs) if norm_cfg else None
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        x = self.projection(x)
+        return x if self.norm is None else self.norm(x)

@@ -87,10 +87,15 @@ def _save_products(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def apply_block(
-    block: Any, x: Float[Array, "b ..."], *, rngs: nnx.Rngs | None = None, remat: str = "none"
+    block: Any,
+    x: Float[Array, "b ..."],
+    *,
+    rngs: nnx.Rngs | None = None,
+    remat: str = "none",
+    shared: Mapping[str, Any] = {},
 ) -> Float[Array, "b ..."]:
-    """`block(x, rngs=rngs)` for a block that may have running statistics, as those of convolutional networks; its output is
-    recorded as `out`.
+    """`block(x, rngs=rngs, **shared)` for a block that may have running statistics, as those of convolutional networks;
+    its output is recorded as `out`.
 
     Args:
         block: the block.
@@ -98,20 +103,21 @@ def apply_block(
         rngs: for dropout and drop path.
         remat: what is recomputed in the backward pass: 'none', 'full' (everything), or 'dots' (all but the results of
             convolutions and matmuls).
+        shared: further arguments, such as a mask.
     """
     if remat not in _POLICIES:
         raise ConfigError(f"remat: unknown policy {remat!r}.{nearest(remat, _POLICIES)}")
     if remat == "none" or capturing():
-        x = _call(block, x, rngs)
+        x = _call(block, x, rngs, dict(shared))
     else:
         policy = _save_products if remat == "dots" else _POLICIES[remat]
-        x = nnx.remat(_call, policy=policy)(block, x, rngs)
+        x = nnx.remat(_call, policy=policy)(block, x, rngs, dict(shared))
     record(block, "out", x)
     return x
 
 
-def _call(block: Any, x: Any, rngs: nnx.Rngs | None) -> Any:
-    return block(x, rngs=rngs)
+def _call(block: Any, x: Any, rngs: nnx.Rngs | None, shared: dict[str, Any]) -> Any:
+    return block(x, rngs=rngs, **shared)
 
 
 def _runs(layers: Sequence[Any], out_indices: Collection[int]) -> list[tuple[int, int, int]]:
@@ -119,7 +125,7 @@ def _runs(layers: Sequence[Any], out_indices: Collection[int]) -> list[tuple[int
 
     A wanted output is the last of its run. A run of one turn has one layer.
     """
-    graphdefs = [_split(layer)[0] for layer in layers]
+    graphdefs = [split_layer(layer)[0] for layer in layers]
     kinds = [graphdefs.index(graphdef) for graphdef in graphdefs]
     ends = sorted({i + 1 for i in out_indices if 0 <= i < len(layers)} | {len(layers)})
     runs, start = [], 0
@@ -142,7 +148,7 @@ def _turns(kinds: list[int], period: int) -> int:
     return turns
 
 
-def _split(layer: Any) -> tuple[nnx.GraphDef, list[dict]]:
+def split_layer(layer: Any) -> tuple[nnx.GraphDef, list[dict]]:
     """A layer's structure, which is equal for alike layers, and its weights."""
     twin = nnx.clone(layer)  # so that the layer itself keeps its rate
     twin.drop_path_rate = 0.0
@@ -169,7 +175,7 @@ def _apply_one(
 
     if remat == "none":
         return call(layer, x, key, rate)
-    graphdef, weights = _split(layer)
+    graphdef, weights = split_layer(layer)
 
     def body(weights: list[dict], *args: Any) -> Array:
         return call(nnx.merge(graphdef, *weights), *args)
@@ -186,7 +192,7 @@ def _scan(
     rates: Array | None,
 ) -> Array:
     """`layers` in turns of `period`; `keys` and `rates` are [turns, period]."""
-    split = [_split(layer) for layer in layers]
+    split = [split_layer(layer) for layer in layers]
     weights = [
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *[weights for _, weights in split[i::period]])
         for i in range(period)
