@@ -23,7 +23,7 @@ CASES = dict(
     BEiTViT=Backbone(dict(type="BEiTViT", **VIT), **PLAIN),
     ViTEVA02=Backbone(dict(type="ViTEVA02", **VIT), **PLAIN),
     SwinTransformer=Backbone(
-        dict(type="SwinTransformer", window_size=4, **WINDOWS), size=32, out_indices=(0, 1), frozen_stages=1
+        dict(type="SwinTransformer", window_size=4, **WINDOWS), size=32, out_indices=(0, 1), frozen_stages=0
     ),
-    SwinTransformerV2=Backbone(SWIN_V2, out_indices=(0, 1), frozen_stages=1),
+    SwinTransformerV2=Backbone(SWIN_V2, out_indices=(0, 1), frozen_stages=0),
 )
