@@ -57,23 +57,30 @@ def check_golden(golden: dict, loss_error: float, gradient_error: float) -> Spar
 
 @pytest.mark.slow
 def test_golden_resnet50():
-    # Two images leave 20 numbers per channel in the last norms, which so magnify rounding: the reference's own gradients
-    # move by 1e-2 from run to run.
-    check_golden(load_golden("spark_sparse-resnet50_800e_in1k"), 1e-5, 1e-2)
+    # Two images leave 40 numbers per channel in the last norms, which so magnify rounding: float32 gradients of the
+    # reference itself move by 1e-2 from run to run. Those of the tiny networks below are exact.
+    check_golden(load_golden("spark_sparse-resnet50_800e_in1k"), 1e-5, 5e-2)
 
 
 @pytest.mark.parametrize(
-    "name", ["v2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v2_convolutions", "v1"))]
+    ("name", "gradient_error"),
+    [
+        ("v2", 1e-5),
+        # Our float32 against float64, through 34 BatchNorms.
+        pytest.param("resnet", 1e-4, marks=pytest.mark.slow),
+        pytest.param("v2_convolutions", 1e-5, marks=pytest.mark.slow),
+        pytest.param("v1", 1e-5, marks=pytest.mark.slow),
+    ],
 )
-def test_golden_convnext(name):
-    """A tiny one that MMPretrain ran in float64: with GRN, with 1x1 convolutions for linear layers, and version 1."""
-    golden = load_golden("spark_convnext_tiny")[name]
-    method = check_golden(golden, 1e-6, 1e-5)
+def test_golden_tiny(name, gradient_error):
+    """Networks that MMPretrain ran in float64: ConvNeXt V2, with 1x1 convolutions for linear layers too, V1; ResNet-18."""
+    golden = load_golden("spark_tiny")[name]
+    method = check_golden(golden, 1e-6, gradient_error)
     images = reference_input(tuple(golden["input_shape"]))
-    visible = method.mask(images, np.random.Generator(np.random.PCG64(1000)).random((3, 9)))
-    for ours, summary in zip(
-        jax.jit(lambda m, *a: m(*a))(method.backbone, images, visible), golden["backbone"], strict=True
-    ):
+    shape = golden["ssl"]["random_calls"][0][1]
+    visible = method.mask(images, np.random.Generator(np.random.PCG64(1000)).random(shape))
+    maps = jax.jit(lambda m, *args: m(*args))(method.backbone, images, visible)
+    for ours, summary in zip(maps, golden["backbone"], strict=True):
         assert_summary(ours, summary)
 
 

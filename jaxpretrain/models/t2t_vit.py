@@ -27,6 +27,7 @@ from jaxpretrain.models.layers.stack import apply_layers
 from jaxpretrain.models.vision_transformer import OUT_TYPES
 
 _LN = {"type": "LN"}
+_ATTENTIONS = ("mmpretrain", "paper")
 
 
 class T2TAttention(BaseModule):
@@ -37,7 +38,8 @@ class T2TAttention(BaseModule):
         embed_dims: channels of the output.
         num_heads: heads; must divide `embed_dims`.
         qkv_bias: whether queries, keys and values have a bias.
-        qk_scale: factor of the logits; (input_dims // num_heads) ** -0.5 if None, as in the paper's release.
+        qk_scale: the paper's factor of the logits; (input_dims // num_heads) ** -0.5 if None, as in its release.
+        attention: 'paper', or 'mmpretrain': see `T2T_ViT`.
         attn_drop, proj_drop: dropout of the attention weights and of the output.
     """
 
@@ -50,13 +52,17 @@ class T2TAttention(BaseModule):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        attention: str = "mmpretrain",
         *,
         rngs: nnx.Rngs,
     ):
         if embed_dims % num_heads:
             raise ConfigError(f"T2T_ViT: embed_dims={embed_dims} is not a multiple of num_heads={num_heads}")
         self.num_heads, self.head_dims = num_heads, embed_dims // num_heads
-        self.scale = qk_scale or (input_dims // num_heads) ** -0.5
+        if attention not in _ATTENTIONS:
+            raise ConfigError(f"T2T_ViT: unknown attention {attention!r}.{nearest(attention, _ATTENTIONS)}")
+        paper = qk_scale or (input_dims // num_heads) ** -0.5
+        self.scale = paper if attention == "paper" else self.head_dims**0.5
         self.qkv = Linear(input_dims, 3 * embed_dims, bias=qkv_bias, rngs=rngs)
         self.attn_drop = Dropout(attn_drop)
         self.proj = Linear(embed_dims, embed_dims, rngs=rngs)
@@ -85,7 +91,7 @@ class T2TTransformerLayer(BaseModule):
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: probability of dropping a branch of a sample.
         num_fcs: accepted for MMPretrain's settings; must be 2.
-        qkv_bias, qk_scale: as of `T2TAttention`.
+        qkv_bias, qk_scale, attention: as of `T2TAttention`.
         act_cfg, norm_cfg: activation of the feed-forward half; the norms.
     """
 
@@ -103,6 +109,7 @@ class T2TTransformerLayer(BaseModule):
         qk_scale: float | None = None,
         act_cfg: Mapping[str, Any] = {"type": "GELU"},
         norm_cfg: Mapping[str, Any] = _LN,
+        attention: str = "mmpretrain",
         init_cfg: Any = None,
         *,
         rngs: nnx.Rngs,
@@ -114,7 +121,7 @@ class T2TTransformerLayer(BaseModule):
         width = input_dims or embed_dims
         self.ln1 = build_norm(norm_cfg, width, rngs=rngs)
         sizes = (width, embed_dims, num_heads, qkv_bias, qk_scale)
-        self.attn = T2TAttention(*sizes, attn_drop=attn_drop_rate, proj_drop=drop_rate, rngs=rngs)
+        self.attn = T2TAttention(*sizes, attn_drop=attn_drop_rate, proj_drop=drop_rate, attention=attention, rngs=rngs)
         self.ln2 = build_norm(norm_cfg, embed_dims, rngs=rngs)
         self.ffn = FFN(embed_dims, feedforward_channels, act_cfg, drop_rate, rngs=rngs)
 
@@ -152,6 +159,7 @@ class T2TModule(BaseModule):
         embed_dims: channels of the tokens.
         token_dims: channels between the steps.
         use_performer: must be False; MMPretrain has no performer either.
+        attention: see `T2T_ViT`.
     """
 
     def __init__(
@@ -161,6 +169,7 @@ class T2TModule(BaseModule):
         embed_dims: int = 384,
         token_dims: int = 64,
         use_performer: bool = False,
+        attention: str = "mmpretrain",
         init_cfg: Any = None,
         *,
         rngs: nnx.Rngs,
@@ -168,7 +177,9 @@ class T2TModule(BaseModule):
         if use_performer:
             raise ConfigError("T2TModule: use_performer=True, but there is the attention of transformers only")
         self.init_cfg = init_cfg
-        sizes: dict[str, Any] = dict(embed_dims=token_dims, num_heads=1, feedforward_channels=token_dims)
+        sizes: dict[str, Any] = dict(
+            embed_dims=token_dims, num_heads=1, feedforward_channels=token_dims, attention=attention
+        )
         self.attention1 = T2TTransformerLayer(input_dims=in_channels * 49, **sizes, rngs=rngs)
         self.attention2 = T2TTransformerLayer(input_dims=token_dims * 9, **sizes, rngs=rngs)
         self.project = Linear(token_dims * 9, embed_dims, rngs=rngs)
@@ -212,6 +223,9 @@ class T2T_ViT(BaseModule):
         interpolate_mode: 'bicubic' or 'bilinear', for positions.
         t2t_cfg: further arguments of `T2TModule`.
         layer_cfgs: further arguments of `T2TTransformerLayer`: one dict for all, or one for each layer.
+        attention: 'paper' multiplies logits by the factor of the paper's release; 'mmpretrain', the default, does as
+            MMPretrain 1.2, which multiplies by the root of the heads' channels where it means to divide. Weights trained
+            before, its zoo's among them, need 'paper'.
         init_cfg: initialisation (see `BaseModule`). The class token is drawn from a truncated normal distribution besides.
 
     The attributes `scan_layers` and `remat` are those of `apply_layers`.
@@ -236,6 +250,7 @@ class T2T_ViT(BaseModule):
         interpolate_mode: str = "bicubic",
         t2t_cfg: Mapping[str, Any] = {},
         layer_cfgs: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {},
+        attention: str = "mmpretrain",
         init_cfg: Any = None,
         *,
         rngs: nnx.Rngs,
@@ -249,6 +264,7 @@ class T2T_ViT(BaseModule):
         self.scan_layers, self.remat = False, "none"
         self.out_indices = output_indices(out_indices, num_layers, "T2T_ViT")
         t2t = {"type": T2TModule, "img_size": img_size, "in_channels": in_channels, "embed_dims": embed_dims}
+        t2t["attention"] = attention
         self.tokens_to_token = build({**t2t, **t2t_cfg}, rngs=rngs)
         self.patch_resolution = self.tokens_to_token.init_out_size
         self.num_extra_tokens = int(with_cls_token)
@@ -259,7 +275,7 @@ class T2T_ViT(BaseModule):
         if len(cfgs) != num_layers:
             raise ConfigError(f"T2T_ViT: {len(cfgs)} layer_cfgs for {num_layers} layers")
         shared = {"type": T2TTransformerLayer, "embed_dims": embed_dims, "num_heads": 6, "norm_cfg": norm_cfg}
-        shared |= {"feedforward_channels": 3 * embed_dims, "qkv_bias": False}
+        shared |= {"feedforward_channels": 3 * embed_dims, "qkv_bias": False, "attention": attention}
         rates = np.linspace(0, drop_path_rate, num_layers).tolist()
         layers = [
             build({**shared, "drop_path_rate": rate, **cfg}, rngs=rngs) for rate, cfg in zip(rates, cfgs, strict=True)

@@ -43,5 +43,5 @@ CONFIGS: dict[str, dict[str, Any]] = dict(
 CASES: dict[str, Case] = dict(
     spark=Case(CONFIGS["spark"], views=SIZE, bfloat16=0.1),
     spark_convnext=Case(CONFIGS["spark_convnext"], views=SIZE, bfloat16=0.1),
-    fcmae=Case(CONFIGS["fcmae"], views=SIZE, bfloat16=0.05),
+    fcmae=Case(CONFIGS["fcmae"], views=SIZE, learning_rate=1e-2, bfloat16=0.05),
 )
