@@ -18,7 +18,7 @@ SWIN_V2 = dict(
 )
 CASES = dict(
     VisionTransformer=Backbone(dict(type="VisionTransformer", **VIT), **PLAIN),
-    DeiT3=Backbone(dict(type="DeiT3", **VIT), **PLAIN),
+    DeiT3=Backbone(dict(type="DeiT3", **VIT), untouched="ln2", **PLAIN),  # unused by default, as in MMPretrain
     DistilledVisionTransformer=Backbone(dict(type="DistilledVisionTransformer", **VIT), **PLAIN),
     BEiTViT=Backbone(dict(type="BEiTViT", **VIT), **PLAIN),
     ViTEVA02=Backbone(dict(type="ViTEVA02", **VIT), **PLAIN),
