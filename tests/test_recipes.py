@@ -48,7 +48,7 @@ def quick_compilation():
 @pytest.mark.parametrize(("file", "name"), DIGITS)
 def test_digits_recipe_takes_two_steps(file, name, tmp_path, quick_compilation):
     fields = dict(max_steps=2, batch_size=8, evaluators={}, log_interval=1, transfer_guard=True, tensorboard=False)
-    config = load_config(f"configs/{file}:{name}", fields | {"mesh.data": 1, "checkpoint.interval": -1})
+    config = load_config(f"configs/{file}:{name}", fields | {"mesh.data": -1, "checkpoint.interval": -1})
     train(config, tmp_path)
     values = [loss for _, loss in losses(tmp_path)]
     assert len(values) == 2 and np.isfinite(values).all()
