@@ -13,7 +13,6 @@ from jaxpretrain.build import ConfigError
 from jaxpretrain.flops import count_flops
 from jaxpretrain.models.layers import Conv2d, ConvModule
 from jaxpretrain.models.layers.activation import ACTIVATIONS, activation
-from jaxpretrain.models.layers.conv import DepthwiseSeparableConvModule
 from jaxpretrain.models.layers.norm import GroupNorm, build_norm
 from jaxpretrain.models.layers.se import SELayer
 
@@ -84,10 +83,6 @@ def test_conv_module_names_its_parts_as_mmcv():
     with_norm = ConvModule(3, 4, 1, norm_cfg=dict(type="BN"), act_cfg=dict(type="ReLU6"), rngs=nnx.Rngs(0))
     assert with_norm.conv.bias is None
     assert float(with_norm(10 * normal(8, 4, 4, 3)).min()) >= 0 and float(with_norm(99 * normal(8, 4, 4, 3)).max()) <= 6
-    pair = DepthwiseSeparableConvModule(4, 6, 3, padding=1, norm_cfg=dict(type="BN"), dw_act_cfg=None, rngs=nnx.Rngs(0))
-    assert pair.depthwise_conv.act is None
-    assert pair.pointwise_conv.act is not None
-    assert pair(normal(2, 5, 5, 4)).shape == (2, 5, 5, 6)
     with pytest.raises(ConfigError, match="no type 'DCN'"):
         ConvModule(3, 4, 1, conv_cfg=dict(type="DCN"), rngs=nnx.Rngs(0))
 

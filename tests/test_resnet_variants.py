@@ -163,8 +163,8 @@ def test_wide_resnet_is_a_setting():
 def test_excitation_by_definition():
     layer = SELayer(6, squeeze_channels=4, rngs=nnx.Rngs(0))
     x = normal(3, 5, 4, 6)
-    kernels = [np.asarray(conv["conv"].kernel[...])[0, 0] for conv in (layer.conv1, layer.conv2)]
-    biases = [np.asarray(conv["conv"].bias[...]) for conv in (layer.conv1, layer.conv2)]
+    kernels = [np.asarray(conv.conv.kernel[...])[0, 0] for conv in (layer.conv1, layer.conv2)]
+    biases = [np.asarray(conv.conv.bias[...]) for conv in (layer.conv1, layer.conv2)]
     hidden = np.maximum(x.mean(axis=(1, 2)) @ kernels[0] + biases[0], 0)
     weights = 1 / (1 + np.exp(-(hidden @ kernels[1] + biases[1])))
     y, found = intermediates(layer, x)
@@ -183,11 +183,11 @@ def test_make_divisible(value, divided):
 def test_se_ratio_sets_the_width_of_the_excitation():
     for kind in ("SEResNet", "SEResNeXt"):
         model = blank(dict(type=kind, depth=50))
-        assert model.layer4[2].se_layer.conv1["conv"].kernel.shape == (1, 1, 2048, 128)
+        assert model.layer4[2].se_layer.conv1.conv.kernel.shape == (1, 1, 2048, 128)
         model = blank(
             dict(type=kind, depth=50, se_ratio=4, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
         )
-        assert model.layer1[0].se_layer.conv1["conv"].kernel.shape == (1, 1, 256, 64)
+        assert model.layer1[0].se_layer.conv1.conv.kernel.shape == (1, 1, 256, 64)
 
 
 def test_excitation_scales_the_branch_not_the_shortcut():
@@ -195,10 +195,10 @@ def test_excitation_scales_the_branch_not_the_shortcut():
     block.eval()
     x = jnp.abs(normal(2, 6, 6, 16))
     plain = block.branch(x)
-    block.se_layer.conv2["conv"].kernel.set_value(jnp.zeros((1, 1, 8, 16)))
-    block.se_layer.conv2["conv"].bias.set_value(jnp.full(16, -1e9))
+    block.se_layer.conv2.conv.kernel.set_value(jnp.zeros((1, 1, 8, 16)))
+    block.se_layer.conv2.conv.bias.set_value(jnp.full(16, -1e9))
     np.testing.assert_array_equal(block(x), x)
-    block.se_layer.conv2["conv"].bias.set_value(jnp.full(16, 1e9))
+    block.se_layer.conv2.conv.bias.set_value(jnp.full(16, 1e9))
     whole = block(x) - x
     positive = np.asarray(block(x) > 0)
     assert (np.abs(plain)[positive] <= np.abs(whole)[positive] + 1e-6).all()

@@ -104,6 +104,7 @@ def test_dilation_and_stochastic_neighbours():
 @pytest.mark.parametrize("kind", ["edge", "sage", "gin"])
 def test_other_graph_convolutions_learn(kind):
     model = random(dict(type="Vig", arch=dict(num_blocks=1, channels=8), k=2, graph_conv_type=kind))
+    model.eval()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     x = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
     grads = jax.jit(jax.grad(lambda p: jnp.square(nnx.merge(graphdef, p, rest)(x)[-1]).sum()))(params)

@@ -164,8 +164,7 @@ def _stack(images: list[Any]) -> Any:
 def refuse_shapes(one: tuple[int, ...], other: tuple[int, ...]) -> None:
     raise ConfigError(
         f"the images of a batch differ in shape, {list(one)} and {list(other)}: end the pipeline with a transform that "
-        "gives one "
-        f"size, such as RandomResizedCrop, CenterCrop or Resize"
+        "gives one size, such as RandomResizedCrop, CenterCrop or Resize"
     )
 
 

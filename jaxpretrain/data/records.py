@@ -72,8 +72,8 @@ def write_array_record(
 
     The file appears under its name only when it is complete. `classes` are written to `classes.txt` in its folder,
     where ArrayRecordDataset looks for them, and the labels to `<path>.labels.npy`, so that they are known without reading
-    the images (not those of several tasks). `compress=False` for JPEG and PNG, which zstd makes no smaller: they are then
-    read in half the time. Returns the number of records.
+    the images (not those of several tasks). `compress=False` for JPEG and PNG, which zstd makes no smaller, spares reading
+    that work. Returns the number of records.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 

@@ -24,15 +24,10 @@ from jaxpretrain.models.layers.drop import drop_path
 from jaxpretrain.models.layers.linear import Linear
 from jaxpretrain.models.layers.norm import build_norm
 from jaxpretrain.models.layers.offset_attention import check_grid, offset_bias, offset_index
+from jaxpretrain.models.layers.reparam import fuse_norm, scale_and_shift, set_weights
 from jaxpretrain.models.layers.stack import apply_block
 
 _HSWISH = {"type": "HSwish"}
-
-
-def _scale_and_shift(bn: Any) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """What BatchNorm with its running statistics multiplies by, and then adds."""
-    scale = bn.scale[...] / jnp.sqrt(bn.var[...] + bn.eps)
-    return scale, bn.bias[...] - bn.mean[...] * scale
 
 
 def fuse_batch_norms(module: nnx.Module) -> None:
@@ -61,9 +56,7 @@ class ConvolutionBatchNorm(BaseModule):
 
     def fuse(self) -> Conv2d:
         """The convolution with the norm in its kernel and bias."""
-        scale, shift = _scale_and_shift(self.bn)
-        self.conv.kernel.set_value(self.conv.kernel[...] * scale)
-        self.conv.bias = nnx.data(nnx.Param(shift))
+        set_weights(self.conv, *fuse_norm(self.conv, self.bn))
         return self.conv
 
 
@@ -79,9 +72,7 @@ class LinearBatchNorm(BaseModule):
 
     def fuse(self) -> Linear:
         """The linear layer with the norm in its kernel and bias."""
-        scale, shift = _scale_and_shift(self.bn)
-        self.linear.kernel.set_value(self.linear.kernel[...] * scale)
-        self.linear.bias = nnx.data(nnx.Param(shift))
+        set_weights(self.linear, *fuse_norm(self.linear, self.bn))
         return self.linear
 
 
@@ -97,7 +88,7 @@ class BatchNormLinear(BaseModule):
 
     def fuse(self) -> Linear:
         """The linear layer with the norm in its kernel and bias."""
-        scale, shift = _scale_and_shift(self.bn)
+        scale, shift = scale_and_shift(self.bn)
         kernel, bias = self.linear.kernel, self.linear.bias
         assert bias is not None
         bias.set_value(bias[...] + jnp.matmul(shift, kernel[...], precision="highest"))

@@ -225,7 +225,7 @@ class T2T_ViT(BaseModule):
         layer_cfgs: further arguments of `T2TTransformerLayer`: one dict for all, or one for each layer.
         attention: 'paper' multiplies logits by the factor of the paper's release; 'mmpretrain', the default, does as
             MMPretrain 1.2, which multiplies by the root of the heads' channels where it means to divide. Weights trained
-            before, its zoo's among them, need 'paper'.
+            before it did so need 'paper'; its zoo's, which are older, should be among them.
         init_cfg: initialisation (see `BaseModule`). The class token is drawn from a truncated normal distribution besides.
 
     The attributes `scan_layers` and `remat` are those of `apply_layers`.

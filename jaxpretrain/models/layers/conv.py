@@ -236,63 +236,6 @@ class ConvModule(nnx.Module):
         return x if self.act is None else self.act(x)
 
 
-class DepthwiseSeparableConvModule(nnx.Module):
-    """A depthwise convolution and a 1x1 one, each with norm and activation (MMCV's `depthwise_conv`, `pointwise_conv`).
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation: as of `ConvModule`.
-        norm_cfg, act_cfg: of both.
-        dw_norm_cfg, dw_act_cfg, pw_norm_cfg, pw_act_cfg: of one of them; 'default' is that of both.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        dilation: int = 1,
-        norm_cfg: Mapping[str, Any] | None = None,
-        act_cfg: Mapping[str, Any] | None = {"type": "ReLU"},
-        dw_norm_cfg: Any = "default",
-        dw_act_cfg: Any = "default",
-        pw_norm_cfg: Any = "default",
-        pw_act_cfg: Any = "default",
-        *,
-        norm_eval: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        def own(cfg: Any, default: Any) -> Any:
-            return default if cfg == "default" else cfg
-
-        self.depthwise_conv = ConvModule(
-            in_channels,
-            in_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            in_channels,
-            norm_cfg=own(dw_norm_cfg, norm_cfg),
-            act_cfg=own(dw_act_cfg, act_cfg),
-            norm_eval=norm_eval,
-            rngs=rngs,
-        )
-        self.pointwise_conv = ConvModule(
-            in_channels,
-            out_channels,
-            1,
-            norm_cfg=own(pw_norm_cfg, norm_cfg),
-            act_cfg=own(pw_act_cfg, act_cfg),
-            norm_eval=norm_eval,
-            rngs=rngs,
-        )
-
-    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
-        return self.pointwise_conv(self.depthwise_conv(x))
-
-
 def _windows(size: int, kernel_size: int, stride: int, padding: int, ceil_mode: bool) -> tuple[int, int]:
     """How many windows fit along an axis, and by how many pixels the last one hangs over the padding."""
     if 2 * padding > kernel_size:
