@@ -88,7 +88,10 @@ def tiny() -> ConfigDict:
 
 
 ARCHS = ("base", "atto", "femto", "pico", "nano", "tiny", "large", "huge")
-RECIPES = {f"convnext-v2-{arch}_fcmae-1600e_in1k": partial(pretrain, arch) for arch in ARCHS} | {"digits": tiny}
+RECIPES = {
+    **{f"convnext-v2-{arch}_fcmae-1600e_in1k": partial(pretrain, arch) for arch in ARCHS},
+    "digits": tiny,
+}
 
 
 def get_config(name: str | None = None) -> ConfigDict:

@@ -197,6 +197,7 @@ def tiny() -> ConfigDict:
     return tiny_multi_crop(
         dict(
             type="DINOv2",
+            base_momentum=0.03,
             backbone=dict(type="IBOTViT", layer_scale_init_value=1.0, num_registers=2, **TINY_VIT),
             neck=dict(type="DINOv2Neck", in_channels=64, dino_head=head, ibot_head=dict(head)),
             head=dict(type="DINOv2Head", out_channels=512, centering="sinkhorn_knopp", **temperature),
