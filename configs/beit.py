@@ -20,8 +20,9 @@ from functools import partial
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
-from jaxpretrain.followers import CENTRED, beit_from_in21k, fine_tune_beit
+from jaxpretrain.followers import BEIT_NO_DECAY, CENTRED, beit_from_in21k, fine_tune_beit
 from jaxpretrain.recipes import (
+    BEIT_INIT,
     FLIP,
     frozen_feature_scores,
     imagenet,
@@ -30,16 +31,6 @@ from jaxpretrain.recipes import (
     recipe,
     warmup_cosine,
 )
-
-# MMPretrain's names with `/`, for a ConfigDict has no keys with dots.
-NO_DECAY = {
-    name: dict(decay_mult=0.0) for name in ("/ln", "/bias", "q_bias", "v_bias", "/cls_token", "/pos_embed", "/gamma")
-}
-INIT = [
-    dict(type="TruncNormal", std=0.02, layer="Linear"),
-    dict(type="TruncNormal", std=0.02, layer="Conv2d"),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
 
 
 def pretrain() -> ConfigDict:
@@ -60,7 +51,7 @@ def pretrain() -> ConfigDict:
                 final_norm=True,
                 out_type="raw",
                 layer_scale_init_value=0.1,
-                init_cfg=INIT,
+                init_cfg=BEIT_INIT,
             ),
             neck=None,
             head=dict(type="BEiTV1Head", embed_dims=768, num_embed=8192, loss=dict(type="CrossEntropyLoss")),
@@ -98,7 +89,7 @@ def pretrain() -> ConfigDict:
         optim_wrapper=dict(
             optimizer=dict(type="AdamW", lr=1.5e-3, betas=(0.9, 0.999), weight_decay=0.05),
             clip_grad=dict(max_norm=3.0),
-            paramwise_cfg=dict(custom_keys=NO_DECAY),
+            paramwise_cfg=BEIT_NO_DECAY,
         ),
         param_scheduler=warmup_cosine(epochs, 10, eta_min=1e-5),
         auto_scale_lr=dict(base_batch_size=2048),
@@ -134,7 +125,7 @@ def tiny() -> ConfigDict:
         optim_wrapper=dict(
             optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
             clip_grad=dict(max_norm=3.0),
-            paramwise_cfg=dict(custom_keys=NO_DECAY),
+            paramwise_cfg=BEIT_NO_DECAY,
         ),
         param_scheduler=warmup_cosine(epochs, 2),
         evaluators=frozen_feature_scores(reconstruction=dict(type="Reconstruction", num_images=12)),

@@ -24,6 +24,7 @@ from jaxpretrain.followers import fine_tune_vit, probe_vit
 from jaxpretrain.models.clip_generator import WEIGHTS
 from jaxpretrain.recipes import (
     FLIP,
+    MAE_INIT,
     digits,
     imagenet,
     on_digits,
@@ -31,10 +32,6 @@ from jaxpretrain.recipes import (
     warmup_cosine,
 )
 
-INIT = [
-    dict(type="Xavier", layer="Linear", distribution="uniform"),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
 COSINE = dict(type="MIMHead", loss=dict(type="CosineSimilarityLoss", shift_factor=2.0, scale_factor=2.0))
 NO_DECAY = {name: dict(decay_mult=0.0) for name in ("ln", "bias", "pos_embed", "mask_token", "cls_token")}
 
@@ -48,7 +45,7 @@ def pretrain() -> ConfigDict:
     return recipe(
         method=dict(
             type="EVA",
-            backbone=dict(type="MAEViT", arch="b", patch_size=16, mask_ratio=0.75, init_cfg=INIT),
+            backbone=dict(type="MAEViT", arch="b", patch_size=16, mask_ratio=0.75, init_cfg=MAE_INIT),
             neck=dict(
                 type="MAEPretrainDecoder",
                 patch_size=16,
@@ -59,7 +56,7 @@ def pretrain() -> ConfigDict:
                 decoder_num_heads=16,
                 mlp_ratio=4.0,
                 predict_feature_dim=512,
-                init_cfg=INIT,
+                init_cfg=MAE_INIT,
             ),
             head=COSINE,
             target_generator=dict(type="CLIPGenerator", tokenizer_path=WEIGHTS),
@@ -89,7 +86,7 @@ def tiny() -> ConfigDict:
     return on_digits(
         method=dict(
             type="EVA",
-            backbone=dict(type="MAEViT", arch=arch, mask_ratio=0.6, init_cfg=INIT, **size),
+            backbone=dict(type="MAEViT", arch=arch, mask_ratio=0.6, init_cfg=MAE_INIT, **size),
             neck=dict(
                 type="MAEPretrainDecoder",
                 patch_size=4,
@@ -97,7 +94,7 @@ def tiny() -> ConfigDict:
                 decoder_depth=1,
                 decoder_num_heads=4,
                 predict_feature_dim=32,
-                init_cfg=INIT,
+                init_cfg=MAE_INIT,
             ),
             head=COSINE,
             target_generator=dict(

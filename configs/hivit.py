@@ -23,6 +23,7 @@ from jaxpretrain.followers import fine_tune
 from jaxpretrain.recipes import (
     FLIP,
     KINDS_NO_DECAY,
+    MAE_INIT,
     digits,
     frozen_feature_scores,
     imagenet,
@@ -30,17 +31,10 @@ from jaxpretrain.recipes import (
     recipe,
     warmup_cosine,
 )
+from jaxpretrain.supervised_recipes import LINEAR_INIT
 
 WIDTH = {"tiny": 384, "small": 384, "base": 512, "large": 768}
 NO_DECAY = {name: dict(decay_mult=0.0) for name in ("norm", "bias", "pos_embed", "mask_token")}
-INIT = [
-    dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
-MAE_INIT = [
-    dict(type="Xavier", layer="Linear", distribution="uniform"),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
 L2 = dict(type="PixelReconstructionLoss", criterion="L2")
 
 
@@ -56,7 +50,7 @@ def supervised(arch: str, drop_path: float) -> ConfigDict:
         per_gpu=64,
         no_decay=KINDS_NO_DECAY | dict(custom_keys=decay),
         head=dict(init_cfg=None),
-        model=dict(neck=dict(type="GlobalAveragePooling"), init_cfg=INIT),
+        model=dict(neck=dict(type="GlobalAveragePooling"), init_cfg=LINEAR_INIT),
         load_from=None,
         clip_grad=dict(max_norm=5.0),
         param_scheduler=warmup_cosine(300, 20, 1e-3, by_iter=False, eta_min=1e-5),

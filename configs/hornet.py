@@ -19,12 +19,7 @@ from functools import partial
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
-from jaxpretrain.supervised_recipes import from_scratch
-
-LINEAR_INIT = [
-    dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
+from jaxpretrain.supervised_recipes import LINEAR_INIT, from_scratch
 
 
 def hornet(arch: str, width: int, drop_path_rate: float, clip: float, per_gpu: int = 64) -> ConfigDict:

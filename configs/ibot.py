@@ -101,7 +101,7 @@ def tiny() -> ConfigDict:
         ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_patch_temp", "teacher_patch_temp"), 0.03
     )
     projector = dict(hidden_channels=128, bottleneck_channels=64, use_bn=True)
-    return tiny_multi_crop(method(TINY_VIT, 64, 512, projector, sharp))
+    return tiny_multi_crop(method(TINY_VIT, 64, 512, projector, sharp, base_momentum=0.03))
 
 
 RECIPES = {

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from jaxpretrain.config import pick
 from jaxpretrain.recipes import (
     FLIP,
+    MAE_INIT,
     digits,
     frozen_feature_scores,
     imagenet,
@@ -38,10 +39,6 @@ NO_DECAY = {
 # MMPretrain's names with `/`, for a ConfigDict has no keys with dots.
 CLIP_NO_DECAY = {name: dict(decay_mult=0.0) for name in ("/norm", "/pos_embed", "/gamma")}
 CLIP_FILE = "https://download.openmmlab.com/mmselfsup/1.x/target_generator_ckpt/clip_vit_base_16.pth.tar"
-INIT = [
-    dict(type="Xavier", layer="Linear", distribution="uniform"),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
 L2 = dict(type="PixelReconstructionLoss", criterion="L2")
 
 
@@ -67,7 +64,7 @@ def pixel(arch: str, epochs: int) -> ConfigDict:
                 num_outs=3,
             ),
             head=dict(type="MAEPretrainHead", norm_pix=True, patch_size=16, loss=L2),
-            init_cfg=INIT,
+            init_cfg=MAE_INIT,
         ),
         data=imagenet(
             [
@@ -195,7 +192,7 @@ def tiny() -> ConfigDict:
                 fpn_depth=1,
             ),
             head=dict(type="MAEPretrainHead", norm_pix=False, patch_size=4, loss=L2),
-            init_cfg=INIT,
+            init_cfg=MAE_INIT,
         ),
         data=digits([dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.6, 1.0))], []),
         max_epochs=epochs,

@@ -33,6 +33,7 @@ from jaxpretrain.config import pick
 from jaxpretrain.followers import fine_tune_vit, probe_vit
 from jaxpretrain.recipes import (
     FLIP,
+    MAE_INIT,
     digits,
     frozen_feature_scores,
     imagenet,
@@ -68,10 +69,7 @@ def pretrain(arch: str, patch_size: int, epochs: int, start_factor: float = 1e-4
                 patch_size=patch_size,
                 loss=dict(type="PixelReconstructionLoss", criterion="L2"),
             ),
-            init_cfg=[
-                dict(type="Xavier", layer="Linear", distribution="uniform"),
-                dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-            ],
+            init_cfg=MAE_INIT,
         ),
         data=imagenet(
             [

@@ -17,7 +17,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
-from jaxpretrain.followers import fine_tune_vit, strong_augmentation
+from jaxpretrain.followers import fine_tune_vit, jittered, strong_augmentation
 from jaxpretrain.recipes import (
     FLIP,
     digits,
@@ -122,9 +122,8 @@ def tiny() -> ConfigDict:
 
 
 def fine_tune() -> ConfigDict:
-    """Like MAE's; colours change too, on the device, so after erasing instead of before."""
-    data = strong_augmentation()
-    data["train"]["device_pipeline"] = [dict(type="ColorJitter", brightness=0.4, contrast=0.4, saturation=0.4)]
+    """Like MAE's; colours change too."""
+    data = jittered(strong_augmentation())
     data["val"]["pipeline"][0] = dict(type="ResizeEdge", scale=256, edge="short", backend="pillow")
     init = [dict(type="TruncNormal", layer="Linear", std=2e-5, bias=2e-5)]
     return fine_tune_vit("base", lr=8e-3, warmup=20, per_gpu=256, head=dict(init_cfg=init), data=data)

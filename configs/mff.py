@@ -26,6 +26,7 @@ from jaxpretrain.config import pick
 from jaxpretrain.followers import encoder, fine_tune_vit, probe_vit
 from jaxpretrain.recipes import (
     FLIP,
+    MAE_INIT,
     digits,
     frozen_feature_scores,
     imagenet,
@@ -59,10 +60,7 @@ def pretrain(epochs: int, start_factor: float = 1e-4) -> ConfigDict:
                 patch_size=16,
                 loss=dict(type="PixelReconstructionLoss", criterion="L2"),
             ),
-            init_cfg=[
-                dict(type="Xavier", layer="Linear", distribution="uniform"),
-                dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-            ],
+            init_cfg=MAE_INIT,
         ),
         data=imagenet(
             [

@@ -24,6 +24,7 @@ from jaxpretrain.followers import fine_tune_vit, probe_vit
 from jaxpretrain.models.clip_generator import WEIGHTS
 from jaxpretrain.recipes import (
     FLIP,
+    MAE_INIT,
     digits,
     imagenet,
     on_digits,
@@ -31,10 +32,6 @@ from jaxpretrain.recipes import (
     warmup_cosine,
 )
 
-INIT = [
-    dict(type="Xavier", layer="Linear", distribution="uniform"),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
 COSINE = dict(type="MIMHead", loss=dict(type="CosineSimilarityLoss", shift_factor=2.0, scale_factor=2.0))
 NO_DECAY = {name: dict(decay_mult=0.0) for name in ("ln", "bias", "pos_embed", "mask_token", "cls_token")}
 
@@ -48,8 +45,8 @@ def pretrain() -> ConfigDict:
     return recipe(
         method=dict(
             type="MILAN",
-            backbone=dict(type="MILANViT", arch="b", patch_size=16, mask_ratio=0.75, init_cfg=INIT),
-            neck=dict(type="MILANPretrainDecoder", init_cfg=INIT),
+            backbone=dict(type="MILANViT", arch="b", patch_size=16, mask_ratio=0.75, init_cfg=MAE_INIT),
+            neck=dict(type="MILANPretrainDecoder", init_cfg=MAE_INIT),
             head=COSINE,
             target_generator=dict(type="CLIPGenerator", tokenizer_path=WEIGHTS),
             init_cfg=None,
@@ -79,7 +76,7 @@ def tiny() -> ConfigDict:
     return on_digits(
         method=dict(
             type="MILAN",
-            backbone=dict(type="MILANViT", arch=arch, mask_ratio=0.6, init_cfg=INIT, **size),
+            backbone=dict(type="MILANViT", arch=arch, mask_ratio=0.6, init_cfg=MAE_INIT, **size),
             neck=dict(
                 type="MILANPretrainDecoder",
                 patch_size=4,
@@ -87,7 +84,7 @@ def tiny() -> ConfigDict:
                 decoder_depth=1,
                 decoder_num_heads=4,
                 predict_feature_dim=32,
-                init_cfg=INIT,
+                init_cfg=MAE_INIT,
             ),
             head=COSINE,
             target_generator=dict(

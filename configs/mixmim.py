@@ -28,12 +28,9 @@ from jaxpretrain.recipes import (
     recipe,
     warmup_cosine,
 )
+from jaxpretrain.supervised_recipes import LINEAR_INIT
 
 NO_DECAY = {name: dict(decay_mult=0.0) for name in ("ln", "bias")}
-INIT = [
-    dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
 L2 = dict(type="PixelReconstructionLoss", criterion="L2")
 # Weight decay and step schedule of the recipe without pre-training.
 STEPS = [dict(type="MultiStepLR", by_epoch=True, milestones=(30, 60, 90), gamma=0.1)]
@@ -121,7 +118,7 @@ BASE = partial(
     1024,
     epochs=100,
     head=dict(init_cfg=None),
-    model=dict(init_cfg=INIT),
+    model=dict(init_cfg=LINEAR_INIT),
 )
 
 

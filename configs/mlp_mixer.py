@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
 from jaxpretrain.followers import CENTRED
-from jaxpretrain.recipes import FLIP, NO_DECAY, imagenet, warmup_cosine
-from jaxpretrain.supervised_recipes import CROSS_ENTROPY, from_scratch
+from jaxpretrain.recipes import FLIP, imagenet, warmup_cosine
+from jaxpretrain.supervised_recipes import CROSS_ENTROPY, TOKENS_NO_DECAY, from_scratch
 
 
 def mixer(arch: str, width: int) -> ConfigDict:
@@ -33,7 +33,7 @@ def mixer(arch: str, width: int) -> ConfigDict:
         clip=1.0,
         loss=CROSS_ENTROPY,
         mixed=False,
-        no_decay=dict(custom_keys={"/cls_token": NO_DECAY, "/pos_embed": NO_DECAY}),
+        no_decay=TOKENS_NO_DECAY,
         model=dict(neck=dict(type="GlobalAveragePooling", dim=1)),
         data=imagenet([dict(type="RandomResizedCrop", scale=224)], [FLIP], resize=resize),
         data_preprocessor=CENTRED,

@@ -42,6 +42,7 @@ from jaxpretrain.recipes import (
     two_views,
     warmup_cosine,
 )
+from jaxpretrain.supervised_recipes import LINEAR_INIT
 
 
 def view(blurred: float, solarized: float) -> list[dict]:
@@ -184,10 +185,6 @@ def probe_vit(arch: str, width: int) -> ConfigDict:
 
 def fine_tune_vit(arch: str, width: int, epochs: int, drop_path: float) -> ConfigDict:
     """All layers at one rate, gradients clipped, weights averaged."""
-    init = [
-        dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
-        dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-    ]
     custom_keys = {"/cls_token": NO_DECAY, "/pos_embed": NO_DECAY}
     return fine_tune(
         dict(type="VisionTransformer", arch=arch, img_size=224, patch_size=16, drop_path_rate=drop_path),
@@ -196,7 +193,7 @@ def fine_tune_vit(arch: str, width: int, epochs: int, drop_path: float) -> Confi
         epochs=epochs,
         per_gpu=64,
         no_decay=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys=custom_keys),
-        head=dict(type="VisionTransformerClsHead", init_cfg=init),
+        head=dict(type="VisionTransformerClsHead", init_cfg=LINEAR_INIT),
         clip_grad=dict(max_norm=5.0),
         param_scheduler=warmup_cosine(epochs, 5, 1e-3, eta_min=1e-5),
         auto_scale_lr=dict(base_batch_size=None),

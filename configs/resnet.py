@@ -10,6 +10,17 @@ Measured here: `digits`, on 2 CPU cores. The others have not been run by us; pub
 | resnet34_8xb32_in1k | | 8 GPUs | | 73.62 |
 | resnet101_8xb32_in1k | | 8 GPUs | | 77.97 |
 | resnet152_8xb32_in1k | | 8 GPUs | | 78.48 |
+| resnetv1c50_8xb32_in1k | | 8 GPUs | | 77.01 |
+| resnetv1c101_8xb32_in1k | | 8 GPUs | | 78.30 |
+| resnetv1c152_8xb32_in1k | | 8 GPUs | | 78.76 |
+| resnetv1d50_8xb32_in1k | | 8 GPUs | | 77.54 |
+| resnetv1d101_8xb32_in1k | | 8 GPUs | | 78.93 |
+| resnetv1d152_8xb32_in1k | | 8 GPUs | | 79.41 |
+| resnet50_8xb32-fp16_in1k | | 8 GPUs | | 76.30 |
+| resnet50_8xb256-rsb-a1-600e_in1k | | 8 GPUs | | 80.12 |
+| resnet50_8xb256-rsb-a2-300e_in1k | | 8 GPUs | | 79.55 |
+| resnet50_8xb256-rsb-a3-100e_in1k | | 8 GPUs | | 78.30 |
+| resnet50_8xb8_cub | | 8 GPUs | | 88.45 |
 | resnet18_8xb16_cifar10 | | 8 GPUs | | 94.82 |
 | resnet34_8xb16_cifar10 | | 8 GPUs | | 95.34 |
 | resnet50_8xb16_cifar10 | | 8 GPUs | | 95.55 |
@@ -17,7 +28,8 @@ Measured here: `digits`, on 2 CPU cores. The others have not been run by us; pub
 | resnet152_8xb16_cifar10 | | 8 GPUs | | 95.76 |
 | resnet50_8xb16_cifar100 | | 8 GPUs | | 79.90 |
 
-`8xb32` means 8 GPUs with 32 images each, normalised apart: BatchNorm in 8 groups, on any number of devices.
+`8xb32` means 8 GPUs with 32 images each, normalised apart: BatchNorm in 8 groups, on any number of devices. `fp16` is bfloat16
+here, which needs no scaling of the loss.
 """
 
 from __future__ import annotations
@@ -28,83 +40,114 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
-from jaxpretrain.recipes import (
-    FLIP,
-    digits,
-    frozen_feature_scores,
-    imagenet,
-    on_digits,
-    recipe,
-    warmup_cosine,
+from jaxpretrain.followers import ENCODER
+from jaxpretrain.recipes import FLIP, digits, frozen_feature_scores, on_digits, warmup_cosine
+from jaxpretrain.supervised_recipes import (
+    PILLOW,
+    birds,
+    classic,
+    cosine_schedule,
+    plain_crops,
+    rand_augment,
+    smoothing,
+    step_schedule,
 )
 
-STEPS = [dict(type="MultiStepLR", by_epoch=True, milestones=(30, 60, 90), gamma=0.1)]
-COSINE = [dict(type="CosineAnnealingLR", T_max=100, by_epoch=True, begin=0, end=100)]
-WARMUP_STEPS = [dict(type="LinearLR", start_factor=0.25, by_epoch=False, begin=0, end=2500), *STEPS]
-LABEL_SMOOTHING = dict(type="LabelSmoothLoss", label_smooth_val=0.1, loss_weight=1.0)
+WARMUP = dict(type="LinearLR", start_factor=0.25, by_epoch=False, begin=0, end=2500)
+STAGES = dict(num_stages=4, out_indices=(3,), style="pytorch")
 CIFAR = {
     10: dict(mean=(125.307, 122.961, 113.8575), std=(51.5865, 50.847, 51.255)),
     100: dict(mean=(129.304, 124.07, 112.434), std=(68.17, 65.392, 70.418)),
 }
 
 
-def classifier(
-    backbone: dict, num_classes: int, in_channels: int, loss: dict | None = None, augments: Any = None
-) -> dict:
-    model = dict(
-        type="ImageClassifier",
-        backbone=dict(num_stages=4, out_indices=(3,), style="pytorch", **backbone),
-        neck=dict(type="GlobalAveragePooling"),
-        head=dict(
-            type="LinearClsHead",
-            num_classes=num_classes,
-            in_channels=in_channels,
-            loss=loss or dict(type="CrossEntropyLoss", loss_weight=1.0),
-        ),
-    )
-    if augments:
-        model["train_cfg"] = dict(augments=augments)
-    return dict(type="Supervised", model=model)
-
-
-def in1k(
-    depth: int,
-    *,
-    kind: str = "ResNet",
-    gpus: int = 8,
-    per_gpu: int = 32,
-    schedule: list = STEPS,
-    filters: dict = {},  # noqa: B006 - read only
-    optimizer: dict | None = None,
-    **model: Any,
-) -> ConfigDict:
+def resnet(depth: int, *, kind: str = "ResNet", gpus: int = 8, **settings: Any) -> ConfigDict:
     norm = dict(type="BN", requires_grad=True, groups=gpus)
-    return recipe(
-        method=classifier(dict(type=kind, depth=depth, norm_cfg=norm), 1000, 512 if depth < 50 else 2048, **model),
-        data=imagenet(
-            [dict(type="RandomResizedCrop", scale=224, **filters)],
-            [FLIP],
-            resize=dict(type="ResizeEdge", scale=256, edge="short", **filters),
-        ),
-        batch_size=gpus * per_gpu,
-        max_epochs=100,
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4) | (optimizer or {})),
-        param_scheduler=schedule,
-        auto_scale_lr=dict(base_batch_size=gpus * per_gpu),
-        evaluators=dict(accuracy=dict(type="Accuracy", topk=(1, 5))),
-        evaluation=dict(interval=1),
+    backbone = STAGES | dict(type=kind, depth=depth, norm_cfg=norm) | settings.pop("backbone", {})
+    return classic(backbone, 512 if depth < 50 else 2048, gpus=gpus, **settings)
+
+
+def in21k() -> ConfigDict:
+    """The schedule would end at epoch 100; training does at 90. There is nothing to evaluate on."""
+    data = plain_crops() | dict(val=dict(dataset=None, pipeline=[]))
+    data["train"]["dataset"] = dict(type="ImageNet21k", data_root="data/imagenet21k", split="train")
+    return resnet(
+        50,
+        per_gpu=128,
+        epochs=90,
+        optimizer=dict(lr=0.8, weight_decay=5e-5),
+        schedule=cosine_schedule(100, warmup=5),
+        head=dict(num_classes=21843),
+        data=data,
+        evaluators={},
+        evaluation=dict(interval=-1),
     )
 
 
-def cifar(depth: int, classes: int = 10, **model: Any) -> ConfigDict:
-    norm = dict(type="BN", requires_grad=True, groups=8)
-    more = dict(weight_decay=5e-4) if classes == 100 else dict(weight_decay=1e-4)
-    milestones, gamma = ((60, 120, 160), 0.2) if classes == 100 else ((100, 150), 0.1)
+def strikes_back(
+    epochs: int,
+    *,
+    mixup: float,
+    level: int,
+    lr: float = 0.005,
+    weight_decay: float = 0.02,
+    drop_path: float = 0.0,
+    repeated: bool = True,
+    loss: dict | None = None,
+) -> ConfigDict:
+    """ResNet strikes back (Wightman et al., 2021): LAMB and a binary loss of each class.
+
+    Args:
+        epochs: how long.
+        mixup: `alpha` of Mixup, beside CutMix.
+        level: of RandAugment.
+        lr, weight_decay: of LAMB.
+        drop_path: stochastic depth.
+        repeated: whether an epoch has a third of the images, three times each.
+        loss: of labels as they are by default.
+    """
+    data = plain_crops(edge=236, **PILLOW)
+    data["train"]["pipeline"].append(rand_augment(level, interpolation="bicubic"))
+    if repeated:
+        data["train"]["sampler"] = dict(type="RepeatAugSampler")
+    return resnet(
+        50,
+        backbone=dict(norm_cfg=dict(type="SyncBN", requires_grad=True), drop_path_rate=drop_path),
+        per_gpu=256,
+        epochs=epochs,
+        optimizer=dict(type="Lamb", lr=lr, weight_decay=weight_decay),
+        schedule=warmup_cosine(epochs, 5, by_iter=False, eta_min=1e-6),
+        no_decay=dict(bias_decay_mult=0.0, norm_decay_mult=0.0),
+        loss=loss or dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
+        augments=[dict(type="Mixup", alpha=mixup), dict(type="CutMix", alpha=1.0)],
+        data=data,
+    )
+
+
+def cub() -> ConfigDict:
+    """Birds at 448 pixels, by an encoder trained on ImageNet-21k: `--config.load_from.path=FILE`."""
+    return resnet(
+        50,
+        per_gpu=8,
+        optimizer=dict(lr=0.01, weight_decay=5e-4, nesterov=True),
+        schedule=warmup_cosine(100, 5, 0.01, by_iter=False),
+        head=dict(num_classes=200),
+        data=birds(448, 600),
+        load_from=ENCODER,
+        evaluators=dict(accuracy=dict(type="Accuracy", topk=(1,))),
+    )
+
+
+def cifar(depth: int, classes: int = 10, **settings: Any) -> ConfigDict:
     source = dict(type=f"CIFAR{classes}", data_root=f"data/cifar{classes}")
-    return recipe(
-        method=classifier(
-            dict(type="ResNet_CIFAR", depth=depth, norm_cfg=norm), classes, 512 if depth < 50 else 2048, **model
-        ),
+    if classes == 100:
+        settings |= dict(schedule=step_schedule(60, 120, 160, gamma=0.2), optimizer=dict(weight_decay=5e-4))
+    return resnet(
+        depth,
+        kind="ResNet_CIFAR",
+        per_gpu=16,
+        epochs=200,
+        head=dict(num_classes=classes),
         data=dict(
             train=dict(
                 dataset=dict(source, split="train"),
@@ -114,27 +157,23 @@ def cifar(depth: int, classes: int = 10, **model: Any) -> ConfigDict:
             val=dict(dataset=dict(source, split="test"), pipeline=[]),
         ),
         data_preprocessor=CIFAR[classes],
-        batch_size=128,
-        max_epochs=200,
-        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, **more)),
-        param_scheduler=[dict(type="MultiStepLR", by_epoch=True, milestones=milestones, gamma=gamma)],
-        auto_scale_lr=dict(base_batch_size=128),
         evaluators=dict(accuracy=dict(type="Accuracy", topk=(1,))),
-        evaluation=dict(interval=1),
+        **dict(schedule=step_schedule(100, 150)) | settings,
     )
 
 
 def tiny() -> ConfigDict:
     """A narrow ResNet-18 on real handwritten digits, with label smoothing, Mixup and CutMix."""
     epochs = 20
+    model = dict(
+        type="ImageClassifier",
+        backbone=STAGES | dict(type="ResNet_CIFAR", depth=18, stem_channels=16, base_channels=16),
+        neck=dict(type="GlobalAveragePooling"),
+        head=dict(type="LinearClsHead", num_classes=10, in_channels=128, loss=smoothing(mode="original")),
+        train_cfg=dict(augments=[dict(type="Mixup", alpha=0.2), dict(type="CutMix", alpha=1.0)]),
+    )
     return on_digits(
-        method=classifier(
-            dict(type="ResNet_CIFAR", depth=18, stem_channels=16, base_channels=16),
-            10,
-            128,
-            loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
-            augments=[dict(type="Mixup", alpha=0.2), dict(type="CutMix", alpha=1.0)],
-        ),
+        method=dict(type="Supervised", model=model),
         data=digits([dict(type="RandomResizedCrop", scale=32, crop_ratio_range=(0.6, 1.0))], []),
         max_epochs=epochs,
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)),
@@ -145,42 +184,45 @@ def tiny() -> ConfigDict:
     )
 
 
-NESTEROV = dict(lr=0.8, nesterov=True)
-PILLOW = dict(backend="pillow")
+# At a batch of 2,048.
+LARGE = partial(resnet, 50, gpus=32, per_gpu=64, optimizer=dict(lr=0.8, nesterov=True))
 
 RECIPES = {
-    "resnet50_8xb32_in1k": partial(in1k, 50),
-    "resnet18_8xb32_in1k": partial(in1k, 18),
-    "resnet34_8xb32_in1k": partial(in1k, 34),
-    "resnet101_8xb32_in1k": partial(in1k, 101),
-    "resnet152_8xb32_in1k": partial(in1k, 152),
-    "resnet50_8xb32-coslr_in1k": partial(in1k, 50, schedule=COSINE),
-    "resnet50_8xb32-lbs_in1k": partial(in1k, 50, loss=LABEL_SMOOTHING),
-    "resnet50_8xb32-mixup_in1k": partial(in1k, 50, augments=dict(type="Mixup", alpha=0.2)),
-    "resnet50_8xb32-cutmix_in1k": partial(in1k, 50, augments=dict(type="CutMix", alpha=1.0)),
-    "resnet50_32xb64-warmup_in1k": partial(in1k, 50, gpus=32, per_gpu=64, schedule=WARMUP_STEPS, optimizer=NESTEROV),
+    **{f"resnet{depth}_8xb32_in1k": partial(resnet, depth) for depth in (50, 18, 34, 101, 152)},
+    "resnet50_8xb32-coslr_in1k": partial(resnet, 50, schedule=cosine_schedule(100)),
+    "resnet50_8xb32-coslr-preciseBN_in1k": partial(
+        resnet, 50, schedule=cosine_schedule(100), precise_bn=dict(num_samples=8192, interval=1)
+    ),
+    "resnet50_8xb32-lbs_in1k": partial(resnet, 50, loss=smoothing(loss_weight=1.0)),
+    "resnet50_8xb32-mixup_in1k": partial(resnet, 50, augments=dict(type="Mixup", alpha=0.2)),
+    "resnet50_8xb32-cutmix_in1k": partial(resnet, 50, augments=dict(type="CutMix", alpha=1.0)),
+    "resnet50_8xb32-fp16_in1k": partial(resnet, 50, dtype="bfloat16"),
+    "resnet50_8xb32-fp16-dynamic_in1k": partial(resnet, 50, dtype="bfloat16"),
+    "resnet50_32xb64-warmup_in1k": partial(LARGE, schedule=[WARMUP, *step_schedule(30, 60, 90)]),
     "resnet50_32xb64-warmup-lbs_in1k": partial(
-        in1k,
-        50,
-        gpus=32,
-        per_gpu=64,
-        schedule=WARMUP_STEPS,
-        optimizer=NESTEROV,
-        loss=LABEL_SMOOTHING | dict(num_classes=1000),
+        LARGE, schedule=[WARMUP, *step_schedule(30, 60, 90)], loss=smoothing(loss_weight=1.0, num_classes=1000)
     ),
-    "resnet50_32xb64-warmup-coslr_in1k": partial(
-        in1k,
-        50,
-        gpus=32,
-        per_gpu=64,
-        schedule=warmup_cosine(100, 5, 0.25, by_iter=False),
-        optimizer=NESTEROV,
+    "resnet50_32xb64-warmup-coslr_in1k": partial(LARGE, schedule=warmup_cosine(100, 5, 0.25, by_iter=False)),
+    "resnet50_8xb256-rsb-a1-600e_in1k": partial(
+        strikes_back,
+        600,
+        mixup=0.2,
+        level=7,
+        weight_decay=0.01,
+        drop_path=0.05,
+        loss=smoothing(mode="original", use_sigmoid=True, loss_weight=1.0),
     ),
+    "resnet50_8xb256-rsb-a2-300e_in1k": partial(strikes_back, 300, mixup=0.1, level=7, drop_path=0.05),
+    "resnet50_8xb256-rsb-a3-100e_in1k": partial(strikes_back, 100, mixup=0.1, level=6, lr=0.008, repeated=False),
+    "resnet50_8xb128_coslr-90e_in21k": in21k,
     **{
-        f"resnetv1{letter}{depth}_8xb32_in1k": partial(in1k, depth, kind=f"ResNetV1{letter}", filters=PILLOW)
+        f"resnetv1{letter}{depth}_8xb32_in1k": partial(
+            resnet, depth, kind=f"ResNetV1{letter}", data=plain_crops(backend="pillow")
+        )
         for letter in "cd"
         for depth in (50, 101, 152)
     },
+    "resnet50_8xb8_cub": cub,
     **{f"resnet{depth}_8xb16_cifar10": partial(cifar, depth) for depth in (18, 34, 50, 101, 152)},
     "resnet50_8xb16-mixup_cifar10": partial(cifar, 50, augments=dict(type="Mixup", alpha=1.0)),
     "resnet50_8xb16_cifar100": partial(cifar, 50, 100),

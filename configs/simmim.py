@@ -35,6 +35,7 @@ from jaxpretrain.recipes import (
     recipe,
     warmup_cosine,
 )
+from jaxpretrain.supervised_recipes import LINEAR_INIT
 
 NO_DECAY = {
     name: dict(decay_mult=0.0) for name in ("norm", "bias", "absolute_pos_embed", "relative_position_bias_table")
@@ -144,10 +145,6 @@ def fine_tune_swin(
     )
     if arch == "large":
         backbone["pad_small_map"] = True
-    init = [
-        dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
-        dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-    ]
     keys = {"/norm": dict(decay_mult=0.0), "/bias": dict(decay_mult=0.0)} | SWIN_NO_DECAY
     return fine_tune(
         backbone,
@@ -158,7 +155,7 @@ def fine_tune_swin(
         layer_decay=layer_decay,
         no_decay=dict(custom_keys=keys),
         head=dict(init_cfg=None),
-        model=dict(neck=dict(type="GlobalAveragePooling"), init_cfg=init),
+        model=dict(neck=dict(type="GlobalAveragePooling"), init_cfg=LINEAR_INIT),
         load_from=MASKED_ENCODER,
         clip_grad=dict(max_norm=5.0),
         data=strong_augmentation(size),

@@ -10,6 +10,8 @@ on ImageNet-1k after fine-tuning for 300 epochs.
 | spark_sparse-resnet50_8xb512-amp-coslr-1600e_in1k | `--config=configs/spark.py:NAME` | 8 GPUs | | - |
 | spark_sparse-convnext-small_16xb256-amp-coslr-800e_in1k | | 16 GPUs | | - |
 | spark_sparse-convnextv2-tiny_800e_in1k | | 16 GPUs | | 82.8 |
+
+and, on its encoders (`--config.load_from.path=RUN`): resnet50_spark-pre_300e_in1k, convnextv2-tiny_spark-pre_300e_in1k.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
+from jaxpretrain.followers import ENCODER, encoder, fine_tune
 from jaxpretrain.recipes import (
     FLIP,
+    KINDS_NO_DECAY,
     NO_DECAY,
     digits,
     frozen_feature_scores,
@@ -30,6 +34,7 @@ from jaxpretrain.recipes import (
     recipe,
     warmup_cosine,
 )
+from jaxpretrain.supervised_recipes import classic, resized, smoothing
 
 L2 = dict(type="PixelReconstructionLoss", criterion="L2")
 SYNC_BN = dict(type="SparseSyncBatchNorm2d")
@@ -79,6 +84,61 @@ def pretrain(backbone: dict[str, Any], norm: dict[str, Any], width: int, epochs:
     )
 
 
+def trivially_augmented(edge: int) -> dict[str, Any]:
+    """`data` of fine-tuning, with TrivialAugment; evaluation on the middle of images whose short edge is `edge`."""
+    data = resized(edge)
+    pipeline = data["train"]["pipeline"]
+    place = [step["type"] for step in pipeline].index("RandAugment")
+    pipeline[place] = dict(type="torchvision/TrivialAugmentWide", num_magnitude_bins=31, interpolation="bicubic")
+    return data
+
+
+def fine_tune_resnet() -> ConfigDict:
+    """300 epochs of LAMB at a batch of 2,048, with a binary loss of each class."""
+    return classic(
+        dict(
+            type="ResNet",
+            depth=50,
+            num_stages=4,
+            out_indices=(3,),
+            style="pytorch",
+            norm_cfg=dict(type="SyncBN", requires_grad=True),
+            drop_path_rate=0.05,
+        ),
+        2048,
+        per_gpu=256,
+        epochs=300,
+        optimizer=dict(type="Lamb", lr=0.016, weight_decay=0.02),
+        schedule=warmup_cosine(300, 5, by_iter=False, eta_min=1e-6),
+        no_decay=KINDS_NO_DECAY | dict(layer_decay_rate=0.7),
+        loss=smoothing(loss_weight=1.0, use_sigmoid=True),
+        augments=[dict(type="Mixup", alpha=0.1), dict(type="CutMix", alpha=1.0)],
+        data=trivially_augmented(236),
+        load_from=ENCODER,
+    )
+
+
+def fine_tune_convnext() -> ConfigDict:
+    """300 epochs of AdamW at a batch of 2,048, with averaged weights; each image three times in an epoch of a third of them."""
+    data = trivially_augmented(256)
+    data["train"]["sampler"] = dict(type="RepeatAugSampler")
+    return fine_tune(
+        dict(type="ConvNeXt", arch="tiny", drop_path_rate=0.1, **V2),
+        768,
+        lr=3.2e-3,
+        epochs=300,
+        per_gpu=256,
+        layer_decay=0.7,
+        no_decay=KINDS_NO_DECAY,
+        head=dict(init_cfg=dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0)),
+        load_from=encoder(fresh=[r"^backbone\.norm3\."]),  # SparK's norms are outside the encoder
+        data=data,
+        ema=dict(momentum=1e-4),
+        param_scheduler=warmup_cosine(300, 20, by_iter=False, eta_min=1e-5),
+        auto_scale_lr=dict(base_batch_size=2048),
+    )
+
+
 def tiny() -> ConfigDict:
     """Two stages of a narrow ResNet-18 on real handwritten digits, for a laptop: 32-pixel images in 4x4 patches.
 
@@ -123,6 +183,8 @@ RECIPES = {
     "spark_sparse-convnextv2-tiny_800e_in1k": partial(
         pretrain, CONVNEXT | dict(arch="tiny") | V2, LAYER_NORM, 768, 800, warmup=20
     ),
+    "resnet50_spark-pre_300e_in1k": fine_tune_resnet,
+    "convnextv2-tiny_spark-pre_300e_in1k": fine_tune_convnext,
     "digits": tiny,
 }
 

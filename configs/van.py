@@ -17,13 +17,8 @@ from functools import partial
 from ml_collections import ConfigDict
 
 from jaxpretrain.config import pick
-from jaxpretrain.followers import CENTRED
-from jaxpretrain.supervised_recipes import from_scratch, resized
-
-LINEAR_INIT = [
-    dict(type="TruncNormal", layer="Linear", std=0.02, bias=0.0),
-    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
-]
+from jaxpretrain.followers import CENTRED, jittered
+from jaxpretrain.supervised_recipes import LINEAR_INIT, from_scratch, resized
 
 
 def van(arch: str, width: int = 512, drop_path_rate: float = 0.1, mixed: bool = True) -> ConfigDict:
@@ -32,7 +27,6 @@ def van(arch: str, width: int = 512, drop_path_rate: float = 0.1, mixed: bool = 
     BatchNorm is over the whole batch here; MMPretrain's is over each GPU's 128 images.
     """
     data = resized(248, fill=(127.5,) * 3, fill_std=(127.5,) * 3, pad=(128, 128, 128))
-    data["train"]["device_pipeline"] = [dict(type="ColorJitter", brightness=0.4, contrast=0.4, saturation=0.4)]
     return from_scratch(
         dict(type="VAN", arch=arch, drop_path_rate=drop_path_rate),
         width,
@@ -43,7 +37,7 @@ def van(arch: str, width: int = 512, drop_path_rate: float = 0.1, mixed: bool = 
         mixed=mixed,
         head=dict(init_cfg=None),
         model=dict(neck=dict(type="GlobalAveragePooling")) | (dict(init_cfg=LINEAR_INIT) if mixed else {}),
-        data=data,
+        data=jittered(data),
         data_preprocessor=CENTRED,
     )
 

@@ -225,6 +225,7 @@ _TABLE: dict[str, str] = {
     "SGD": "jaxpretrain.optim.optimizers",
     "Adam": "jaxpretrain.optim.optimizers",
     "AdamW": "jaxpretrain.optim.optimizers",
+    "RMSprop": "jaxpretrain.optim.optimizers",
     "Lamb": "jaxpretrain.optim.optimizers",
     "LARS": "jaxpretrain.optim.optimizers",
     "LinearLR": "jaxpretrain.optim.schedules",

@@ -52,6 +52,7 @@ from jaxpretrain.cli import ExpectedFailure
 
 FORMAT, VERSION = "jaxpretrain", 1
 GROUPS = ("params", "ema", "model_state")  # entries of the train state that using a model needs
+ALL_GROUPS = (*GROUPS, "ema_state")  # and one that only some runs have
 _TMP = ".orbax-checkpoint-tmp"  # Orbax's suffix of directories that are not complete
 logger = logging.getLogger("jaxpretrain")
 
@@ -376,11 +377,11 @@ class Checkpointer:
         step = self._resolve(self.step if step is None else step)
         leaves = self._meta(step)["leaves"]
         if abstract is None:
-            paths = [tuple(leaf["path"]) for leaf in leaves.values() if leaf["path"][0] in GROUPS]
+            paths = [tuple(leaf["path"]) for leaf in leaves.values() if leaf["path"][0] in ALL_GROUPS]
             return self._checkpoint(
                 step, {group: {} for group in GROUPS} | nest(self._load(step, dict.fromkeys(paths)))
             )
-        wanted = {group: abstract[group] for group in GROUPS if group in abstract}
+        wanted = {group: abstract[group] for group in ALL_GROUPS if group in abstract}
         # A model without averaged weights can be used from a checkpoint that has them.
         groups = [group for group in wanted if group != "ema" or jax.tree.leaves(wanted["ema"])]
         leaves = {leaf_name: leaf for leaf_name, leaf in leaves.items() if leaf["path"][0] in groups}
@@ -530,8 +531,9 @@ def load_params(
             looked at; shardings are honoured. Averaged weights in the checkpoint are left out if `abstract` has none.
 
     Returns:
-        a Checkpoint with a `state` of `params`, `ema` and `model_state` (empty dictionaries where there are none): as
-        in `abstract`, or without it nested dictionaries of numpy arrays with the keys that were saved.
+        a Checkpoint with a `state` of `params`, `ema` and `model_state` (empty dictionaries where there are none), and of
+        `ema_state` if that was averaged too: as in `abstract`, or without it nested dictionaries of numpy arrays with the
+        keys that were saved.
 
     Raises:
         CheckpointError: as `Checkpointer` and its `restore`, but for the configuration, which is not compared.

@@ -37,7 +37,8 @@ def base_config() -> ConfigDict:
             accumulative_counts=1,
             data=dict(
                 # `sampler`: dict(type='RepeatAugSampler', ...), see jaxpretrain/data/samplers.py; None: random order.
-                train=dict(dataset=None, pipeline=[], device_pipeline=[], sampler=None),
+                # `later`: [dict(begin=EPOCHS, pipeline=[...], device_pipeline=[...]), ...], other images after so many epochs.
+                train=dict(dataset=None, pipeline=[], device_pipeline=[], sampler=None, later=[]),
                 # How the evaluators see both splits; `train` is seen through `val`'s pipeline too.
                 val=dict(dataset=None, pipeline=[]),
                 eval_batch_size=None,  # as batch_size if None
@@ -47,7 +48,10 @@ def base_config() -> ConfigDict:
                 max_bad=0.001,  # part of the images that may be unreadable before the run stops
             ),
             # Of the first view and, where it differs, of the second: the target picture of BEiT and CAE.
-            data_preprocessor=dict(mean=IMAGENET_MEAN, std=IMAGENET_STD, second_mean=None, second_std=None),
+            # All are of R, G, B; `channel_order` is the network's: 'rgb', 'bgr' or 'grey'.
+            data_preprocessor=dict(
+                mean=IMAGENET_MEAN, std=IMAGENET_STD, second_mean=None, second_std=None, channel_order="rgb"
+            ),
             # How long. Steps are optimizer steps; max_steps wins where both are given.
             max_epochs=100,
             max_steps=None,
@@ -56,7 +60,10 @@ def base_config() -> ConfigDict:
             param_scheduler=[],
             # Linear scaling: with `enable`, lr is multiplied by batch_size / base_batch_size.
             auto_scale_lr=dict(enable=False, base_batch_size=None),
-            ema=None,  # dict(momentum=1e-4, begin_iter=0): evaluate an average of the weights
+            precise_bn=None,  # dict(num_samples=8192, interval=1): BatchNorm's statistics anew after every so many epochs
+            # dict(momentum=1e-4, begin_iter=0, update_buffers=False): evaluate an average of the weights, and of BatchNorm's
+            # statistics if `update_buffers`; otherwise with the newest of these.
+            ema=None,
             # How it is computed.
             dtype="float32",  # 'bfloat16': activations; parameters and statistics stay float32
             remat="none",  # 'full' or 'dots': recompute activations in the backward pass

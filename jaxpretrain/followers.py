@@ -137,6 +137,7 @@ def strong_augmentation(
     fill: Sequence[float] = IMAGENET_MEAN,
     fill_std: Sequence[float] = IMAGENET_STD,
     pad: Sequence[int] = (124, 116, 104),
+    magnitude: int = 9,
 ) -> Cfg:
     """`data` of fine-tuning: RandAugment and erased rectangles; evaluation on the central 7/8 of the image.
 
@@ -144,6 +145,7 @@ def strong_augmentation(
         size: edge of the images.
         fill, fill_std: of the noise in erased rectangles, R, G, B in grey levels.
         pad: colour of what RandAugment's shifts and turns uncover.
+        magnitude: how strongly it changes images, of 10.
     """
     pillow = dict(backend="pillow", interpolation="bicubic")
     return imagenet(
@@ -155,7 +157,7 @@ def strong_augmentation(
                 policies="timm_increasing",
                 num_policies=2,
                 total_level=10,
-                magnitude_level=9,
+                magnitude_level=magnitude,
                 magnitude_std=0.5,
                 hparams=dict(pad_val=list(pad), interpolation="bicubic"),
             ),
@@ -173,6 +175,13 @@ def strong_augmentation(
         resize=dict(type="ResizeEdge", scale=size * 256 // 224, edge="short", **pillow),
         crop=size,
     )
+
+
+def jittered(data: Cfg) -> Cfg:
+    """`data` of `strong_augmentation` with changes of colour, which run on the device; and so does erasing, which follows."""
+    jitter = dict(type="ColorJitter", brightness=0.4, contrast=0.4, saturation=0.4)
+    *pipeline, erasing = data["train"]["pipeline"]
+    return data | dict(train=data["train"] | dict(pipeline=pipeline, device_pipeline=[jitter, erasing]))
 
 
 def fine_tune(

@@ -133,6 +133,17 @@ def masked_digit_pairs() -> Cfg:
     return digits([pair, mask], [], size=24)
 
 
+# How pre-training by masks initialises, MAE and its kin, BEiT and its.
+MAE_INIT: list[Cfg] = [
+    dict(type="Xavier", layer="Linear", distribution="uniform"),
+    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
+]
+BEIT_INIT: list[Cfg] = [
+    dict(type="TruncNormal", std=0.02, layer="Linear"),
+    dict(type="TruncNormal", std=0.02, layer="Conv2d"),
+    dict(type="Constant", layer="LayerNorm", val=1.0, bias=0.0),
+]
+
 DIGITS_MEAN_STD: Cfg = dict(mean=(77.8, 77.8, 77.8), std=(95.9, 95.9, 95.9))
 
 
@@ -241,5 +252,8 @@ def tiny_multi_crop(method: Cfg, epochs: int = 20) -> ConfigDict:
 
 
 TINY_VIT: Cfg = dict(
-    arch=dict(embed_dims=64, num_layers=3, num_heads=4, feedforward_channels=256), img_size=24, patch_size=4
+    arch=dict(embed_dims=64, num_layers=3, num_heads=4, feedforward_channels=256),
+    img_size=24,
+    patch_size=4,
+    init_cfg=MAE_INIT,
 )

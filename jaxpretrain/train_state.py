@@ -1,8 +1,9 @@
 """What a training step carries, and the step itself: pure functions over plain nested dictionaries.
 
 The state is a dict: `params` (what learns), `model_state` (running statistics, teachers, queues), `opt_state`, `ema` (an average
-of the parameters, or an empty dict), `step` (completed optimizer steps, int32) and `rng` (the seed's key data). Modules are
-taken apart once; inside the traced step they are merged again, so that NNX costs nothing while training.
+of the parameters, or an empty dict), `step` (completed optimizer steps, int32) and `rng` (the seed's key data); with
+`ema.update_buffers` also `ema_state`, an average of `model_state`. Modules are taken apart once; inside the traced step they
+are merged again, so that NNX costs nothing while training.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def init_state(config: Any, optimizer: optax.GradientTransformation) -> State:
     method = make_method(config, nnx.Rngs(build_key))
     method.init_weights(nnx.Rngs(init_key))
     _, params, model_state = split(method)
-    return dict(
+    state = dict(
         params=params,
         model_state=model_state,
         opt_state=optimizer.init(params),
@@ -55,6 +56,9 @@ def init_state(config: Any, optimizer: optax.GradientTransformation) -> State:
         step=jnp.zeros((), jnp.int32),
         rng=jax.random.key_data(rng),
     )
+    if config.ema and config.ema.get("update_buffers"):
+        state["ema_state"] = jax.tree.map(jnp.copy, model_state)
+    return state
 
 
 def make_loss(graphdef: nnx.GraphDef, augment: Callable[[Batch, Array], Batch]) -> Callable[..., Any]:
@@ -84,6 +88,7 @@ def make_train_step(
     """
     gradient = jax.value_and_grad(make_loss(graphdef, augment), has_aux=True)
     pieces, total_steps = accumulative_counts, len(learning_rates)
+    averaging = {name: value for name, value in (ema or {}).items() if name != "update_buffers"}
 
     def accumulated(state: State, batch: Batch, rng: Array, key: Array) -> Any:
         if pieces == 1:
@@ -112,13 +117,14 @@ def make_train_step(
         method = nnx.merge(graphdef, params, model_state)
         method.after_step(Progress(step=state["step"] + 1, total_steps=total_steps))
         _, params, model_state = split(method)
-        average = ema_update(state["ema"], params, state["step"], **ema) if ema else state["ema"]
         metrics = dict(
             loss=loss, **metrics, grad_norm=optax.global_norm(grads), lr=jnp.asarray(learning_rates)[state["step"]]
         )
-        new = dict(
-            state, params=params, model_state=model_state, opt_state=opt_state, ema=average, step=state["step"] + 1
-        )
+        new = dict(state, params=params, model_state=model_state, opt_state=opt_state, step=state["step"] + 1)
+        if ema:
+            new["ema"] = ema_update(state["ema"], params, state["step"], **averaging)
+        if "ema_state" in state:
+            new["ema_state"] = ema_update(state["ema_state"], model_state, state["step"], **averaging)
         return new, metrics
 
     return train_step
@@ -127,3 +133,8 @@ def make_train_step(
 def eval_params(state: State) -> Any:
     """The parameters to evaluate: the averaged ones where there are any."""
     return state["ema"] or state["params"]
+
+
+def eval_state(state: State) -> Any:
+    """The other state to evaluate with: the averaged one where there is any."""
+    return state.get("ema_state") or state["model_state"]

@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from jaxpretrain.checkpoint import Checkpointer
 from jaxpretrain.cli import ExpectedFailure
 from jaxpretrain.config import to_plain
 from jaxpretrain.data.device import DevicePipeline
+from jaxpretrain.data.phases import phase_at
 from jaxpretrain.data.pipeline import TrainLoader
 from jaxpretrain.data.prefetch import device_prefetch
 from jaxpretrain.distributed import wait_for_all
@@ -36,6 +37,7 @@ from jaxpretrain.interop import starting_weights
 from jaxpretrain.logs import Clock, MetricLogger
 from jaxpretrain.models.heads import ClsHead
 from jaxpretrain.optim import base_lr, build_optimizer, learning_rates, scale_lr, weight_decays
+from jaxpretrain.precise_bn import PreciseBN
 from jaxpretrain.regrouping import Regrouping
 from jaxpretrain.sharding import BATCH, log_replicated, make_mesh, tree_shardings
 from jaxpretrain.train_state import Batch, State, init_state, make_method, make_train_step, split
@@ -99,11 +101,12 @@ class Trainer:
             make_train_step,
             optimizer=optimizer,
             learning_rates=rates(base_lr(optim_wrapper)).astype(np.float32),
-            augment=self._augment(),
             accumulative_counts=config.accumulative_counts,
             ema=to_plain(config.ema),
         )
         self.graphdef = graphdef
+        self.precise_bn = PreciseBN(config, self.steps_per_epoch, self.shardings)
+        self.augments = [self._augment(phase.device_pipeline) for phase in self.loader.phases]
         self.checkpointer = Checkpointer(self.workdir / "checkpoints", to_plain(config), **config.checkpoint)
         self.batch_sharding = NamedSharding(self.mesh, BATCH)
         self.clock = Clock()
@@ -129,7 +132,8 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             clock=self.clock,
         )
-        compiled, step = None, start
+        compiled: Any = None
+        running, step = -1, start  # no phase yet
         window: list[tuple[int, dict[str, Any]]] = []  # steps whose metrics are still on the device
 
         def evaluate(step: int) -> dict[str, float]:
@@ -157,9 +161,9 @@ class Trainer:
                         self.loader.set_order(self.regrouping.order(state), step - 1)
                     log.evaluation(step, clusters, phase="clusters")
                 batch = next(batches)
-                if compiled is None:
+                if (phase := phase_at(self.loader.phases, epoch)) != running:  # at the start, and when images change
                     with self.clock.pause():
-                        compiled = self.compile(state, batch)
+                        compiled, running = self.compile(state, batch, phase), phase
                     log.set_flops(self.flops)
                 with self._profile(step - start, self.total_steps - start):
                     state, metrics = compiled(state, batch)
@@ -171,6 +175,10 @@ class Trainer:
                 if step % config.log_interval == 0 or last:
                     self.checkpointer.check()
                     log.write(step, check_window(), data_wait=batches.wait_seconds)
+                if self.precise_bn.due(step):
+                    check_window()
+                    with self.clock.pause(), batches.interrupted(), jax.transfer_guard("allow"):
+                        state = self._with_precise_statistics(state, step)
                 fresh_scores = None
                 if evaluators and (last or self._due(step, config.evaluation)):
                     check_window()
@@ -240,12 +248,24 @@ class Trainer:
             state["model_state"] = jax.jit(self._with_new_teacher, out_shardings=self.shardings["model_state"])(state)
         if self.config.ema:
             state["ema"] = jax.tree.map(jnp.copy, state["params"])
+        if "ema_state" in state:
+            state["ema_state"] = jax.tree.map(jnp.copy, state["model_state"])
         return state
 
     def _with_new_teacher(self, state: State) -> Any:
         method = nnx.merge(self.graphdef, state["params"], state["model_state"])
         method.reset_teacher()
         return split(method)[2]
+
+    def _with_precise_statistics(self, state: State, step: int) -> State:
+        """By the batches that come next, which the loader then has yet to give."""
+        order = self.regrouping.order(state)
+        self.loader.set_order(order, step)
+        phase = phase_at(self.loader.phases, step // self.steps_per_epoch)
+        with device_prefetch(iter(self.loader), self.batch_sharding, self.config.data.prefetch) as batches:
+            state = self.precise_bn(state, batches, self.augments[phase])
+        self.loader.set_order(order, step)
+        return state
 
     def _should_save(self, step: int, scores: dict[str, float] | None, preempted: bool) -> bool:
         if preempted:
@@ -257,29 +277,30 @@ class Trainer:
             step, state, data_state=self.loader.get_state(step), clock=self.clock.state_dict(), metrics=scores
         )
 
-    def compile(self, state: State, batch: Batch) -> Any:
+    def compile(self, state: State, batch: Batch, phase: int = 0) -> Any:
         """The training step for arrays like these: (state, batch) -> (state, metrics); it consumes the state.
+
+        `phase` says which of `data.train.later` holds, 0 for none.
 
         Also counts `flops`, of matrix products and convolutions in one step; recomputation by remat is not work.
         """
         begin = time.perf_counter()
         shardings = (self.shardings, NamedSharding(self.mesh, PartitionSpec()))
-        traced = jax.jit(self._step(self.graphdef), donate_argnums=0, out_shardings=shardings).trace(state, batch)
+        step = functools.partial(self._step, augment=self.augments[phase])
+        traced = jax.jit(step(self.graphdef), donate_argnums=0, out_shardings=shardings).trace(state, batch)
         compiled = traced.lower().compile()
         jaxpr = traced.jaxpr
         if self.config.remat != "none":
             plain = make_method(self.config)
             plain.set_attributes(remat="none", raise_if_not_found=False)
-            jaxpr = jax.make_jaxpr(self._step(split(plain)[0]))(state, batch)
+            jaxpr = jax.make_jaxpr(step(split(plain)[0]))(state, batch)
         self.flops = flops.count_jaxpr(jaxpr)
         wait_for_all("training step compiled")  # gloo gives up on a process that comes 30 s later than another
         logger.info("training step compiled in %.1f s", time.perf_counter() - begin)
         return compiled
 
-    def _augment(self) -> Any:
-        pipeline = DevicePipeline(
-            to_plain(self.config.data.train.device_pipeline, keep_callables=True), **self.config.data_preprocessor
-        )
+    def _augment(self, transforms: Sequence[Any]) -> Any:
+        pipeline = DevicePipeline(transforms, **self.config.data_preprocessor)
         dtype = jnp.dtype(self.config.dtype)
 
         def augment(batch: Batch, rng: jax.Array) -> Batch:
@@ -320,6 +341,10 @@ class Trainer:
         for name, valid in (("dtype", ("float32", "bfloat16", "float16")), ("remat", ("none", "full", "dots"))):
             if config[name] not in valid:
                 raise ConfigError(f"config.{name}={config[name]!r}.{nearest(config[name], valid)}")
+        if config.precise_bn and (config.ema or {}).get("update_buffers"):
+            raise ConfigError(
+                "config.ema.update_buffers averages the statistics that config.precise_bn takes anew: choose one"
+            )
         if config.batch_size % (rows * config.accumulative_counts):
             raise ConfigError(
                 f"config.batch_size={config.batch_size} is not divisible by {rows} (devices along data and fsdp) x "

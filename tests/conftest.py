@@ -36,6 +36,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+# Tracing makes objects by the million; looking for garbage among them as often as usual is a seventh of its time.
+gc.set_threshold(10_000)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays, and need not be looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
     """Compiled programs hold memory, golden models' by the gigabyte; the next module has its own."""

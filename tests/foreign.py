@@ -193,7 +193,7 @@ def check_export(case: Case) -> None:
             np.testing.assert_array_equal(array, wanted[name], name)
 
 
-def check_renamed_key(case: Case) -> None:
+def check_renamed(case: Case) -> None:
     """One name that nobody knows: a single error with both ends of what is left over."""
     name = next(n for n in reversed(state(case.golden)) if n not in case.ignored and n.endswith("weight"))
     wrong = {(f"{n}x" if n == name else n): v for n, v in state(case.golden).items()}

@@ -185,6 +185,24 @@ def check_renamed(case: Case) -> None:
     assert any("nothing for" in line and str(array.shape) in line for line in lines), error.value
 
 
+class Tiny:
+    """All of it. A sub-class is parametrised over its `case`s; `checks` is the module with the functions for them."""
+
+    checks: Any = sys.modules[__name__]
+
+    def test_outputs(self, case: Any) -> None:
+        self.checks.check_outputs(case)
+
+    def test_recognised(self, case: Any) -> None:
+        self.checks.check_recognised(case)
+
+    def test_export(self, case: Any) -> None:
+        self.checks.check_export(case)
+
+    def test_renamed(self, case: Any) -> None:
+        self.checks.check_renamed(case)
+
+
 def check_named(layout: str, name: str, ours: Mapping[str, Any]) -> None:
     """Names and shapes of a published model are those of ours, in both directions."""
     check_state(layout, load(f"{layout}_models")["models"][name], ours)

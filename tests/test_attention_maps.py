@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from jaxpretrain.build import ConfigError, build
+from jaxpretrain.build import ConfigError, abstract, build
 from jaxpretrain.evaluators import EvalContext
 from jaxpretrain.visualize.attention import attention_grid, class_attention, most_attended
 from tests.method_cases import CASES
@@ -58,18 +58,17 @@ def test_maps_are_the_class_tokens_last_attention(dinov2, images):
 
 @pytest.mark.parametrize("name", ["mae", "mocov3_vit", "dino_vit"])
 def test_any_method_with_a_class_token(name, images):
-    method = CASES[name].make()
+    method = abstract(CASES[name].config)
     method.eval()
-    maps = class_attention(method, images)
-    assert maps.shape == (3, 2, 4, 4)
+    assert jax.eval_shape(class_attention, method, images).shape == (3, 2, 4, 4)
 
 
 @pytest.mark.parametrize("name", ["dino_resnet", "vicreg"])
 def test_networks_without_such_attention(name, images):
-    method = CASES[name].make()
+    method = abstract(CASES[name].config)
     method.eval()
     with pytest.raises(ConfigError, match=r"need a Vision Transformer with a class token; take AttentionMaps out"):
-        class_attention(method, images)
+        jax.eval_shape(class_attention, method, images)
 
 
 def test_most_attended_patches_are_the_fewest_that_hold_the_mass():

@@ -29,6 +29,7 @@ from jaxpretrain.build import ConfigError
 from jaxpretrain.checkpoint import Checkpointer, CheckpointError, load_params
 from jaxpretrain.checkpoint_format import config_difference
 from jaxpretrain.checksums import checksums
+from tests.tiny import xla_flags
 
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax leaves futures behind when reading fails
 
@@ -601,9 +602,8 @@ with Checkpointer(sys.argv[1], read_only=True) as checkpointer:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    devices = "--xla_force_host_platform_device_count=2"
     with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(start(program, tmp_path, port, i, XLA_FLAGS=devices)) for i in range(2)]
+        processes = [stack.enter_context(start(program, tmp_path, port, i, XLA_FLAGS=xla_flags(2))) for i in range(2)]
         outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert all("steps [1, 4, 5] 1" in output for output in outputs), outputs

@@ -16,15 +16,16 @@ from jaxpretrain.build import ConfigError, abstract, build
 from jaxpretrain.interop import InteropError, export, files, load_weights
 from jaxpretrain.interop import mmpretrain as hub
 from jaxpretrain.models.fuse import deployed_config, for_inference, fuse_conv_bn, switch_to_deploy
-from jaxpretrain.models.layers.base import Frozen
+from jaxpretrain.models.layers.base import BaseModule, Frozen
 from jaxpretrain.models.layers.conv import Conv2d, ConvModule
 from jaxpretrain.models.layers.norm import BatchNorm
-from jaxpretrain.tools import reparameterize_model
+from jaxpretrain.models.layers.patch_embed import PatchEmbed
+from jaxpretrain.tools import compare, from_torch, reparameterize_model, to_torch
 from tests.backbone_cases import CASES
 from tests.test_backbones import assert_close, call, images, made
 
 DEPLOYED = ("RepVGG", "RepVGGWithAll", "MobileOne", "RepLKNet", "RepMLPNet")
-NORMS_LEFT = {"RepMLPNet": 8, "RepLKNet": 5}  # those before a layer, and the last; RepMLPNet's of its patches
+NORMS_LEFT = {"RepMLPNet": 5, "RepLKNet": 5}  # those before a layer, and the last
 
 
 def norms(model):
@@ -66,6 +67,27 @@ def test_both_forms_are_read_and_written(name):
         load_weights(abstract(config), state)
 
 
+class Patches(BaseModule):
+    """Of images whose sides are padded or cut."""
+
+    def __init__(self, rngs):
+        kwargs = dict(embed_dims=6, kernel_size=4, norm_cfg=dict(type="BN"), rngs=rngs)
+        self.padded, self.cut = PatchEmbed(**kwargs), PatchEmbed(**kwargs, padding=0)
+
+    def __call__(self, x, *, rngs=None):
+        return self.padded(x)[0], self.cut(x)[0]
+
+
+def test_norms_of_patches():
+    """Their projection is a convolution, though it computes otherwise."""
+    model, x = made(dict(type=Patches), training=False), images(10, 2)
+    before = call(model, x)
+    assert [output.shape[1] for output in before] == [9, 4]
+    assert fuse_conv_bn(model, image_size=10) == ["padded.norm", "cut.norm"]
+    for fused, output in zip(call(model, x), before, strict=True):
+        assert_close(fused, output)
+
+
 def test_frozen_stages_stay_frozen():
     case = CASES["RepVGG"]
     model = made(case.config | dict(frozen_stages=1), training=False)
@@ -82,7 +104,7 @@ def test_only_batch_norm_can_be_fused():
 
 RESNET = dict(
     type="ImageClassifier",
-    backbone=dict(CASES["ResNetV1d"].config),
+    backbone=dict(type="ResNetV1d", depth=18, base_channels=2, stem_channels=8),
     neck=dict(type="GlobalAveragePooling"),
     head=dict(type="LinearClsHead", num_classes=5, in_channels=16),
 )
@@ -178,6 +200,23 @@ def test_the_tool_fuses_batch_norms(folder):
     fused = get_model("fused/model.json", "fused")
     assert not norms(fused)
     assert_close(call(fused, images(32, 2))[0], call(get_model("resnet.json", "resnet.pth"), images(32, 2))[0])
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet"])
+def test_all_tools_read_every_form(folder, name):
+    """Directories and files, deployed or fused; whether the configuration says so, or is that of training."""
+    x = images(32, 2)
+    expected = call(get_model(f"{name}.json", f"{name}.pth"), x)[0]
+    assert run_tool(f"{name}.json", f"{name}.pth", "form", "--fuse-bn") == cli.OK
+    for where in ("form.pth", "form.safetensors"):
+        assert cli.run(to_torch.main, ["--checkpoint=form", f"--dst={where}"]) == cli.OK
+        assert_close(call(get_model(f"{name}.json", where), x)[0], expected)
+    assert cli.run(to_torch.main, ["--checkpoint=form.pth", f"--model={name}.json", "--dst=again.pth"]) == cli.OK
+    state, again = files.read("form.pth"), files.read("again.pth")
+    assert all(np.array_equal(again[key], array) for key, array in state.items()) and again.keys() == state.keys()
+    assert cli.run(from_torch.main, [f"--model={name}.json", "--src=form.pth", "--dst=back"]) == cli.OK
+    assert_close(call(get_model("back/model.json", "back"), x)[0], expected)
+    assert cli.run(compare.main, [f"--model={name}.json", "--src=form.pth", "--layout=mmpretrain"]) == cli.FAILED
 
 
 @pytest.mark.parametrize(

@@ -340,3 +340,15 @@ def test_mistakes_in_the_configuration(cfg, message):
 def test_number_of_views_must_fit():
     with pytest.raises(ConfigError, match="MultiView is for 2 views, the batch has 1"):
         pipeline(MOCOV3)(make_batch(), random.key(0))
+
+
+def test_channels_are_in_the_order_of_the_network():
+    batch, (mean, std) = make_batch(), (np.float32(MEAN), np.float32(STD))
+    wanted = (batch["image"].astype(np.float32) - mean) / std
+    assert np.allclose(pipeline([])(batch)["image"], wanted, atol=1e-6)
+    assert np.allclose(DevicePipeline([], MEAN, STD, channel_order="bgr")(batch)["image"], wanted[..., ::-1], atol=1e-6)
+    grey = DevicePipeline([], [33.46], [78.87], channel_order="grey")(batch)["image"]
+    wanted = (batch["image"].astype(np.float32).mean(axis=-1, keepdims=True) - 33.46) / 78.87
+    assert grey.shape == (16, 12, 12, 1) and np.allclose(grey, wanted, atol=1e-5)
+    with pytest.raises(ConfigError, match="channel_order='gray' must be one of .* Did you mean 'grey'"):
+        DevicePipeline([], MEAN, STD, channel_order="gray")

@@ -25,6 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from jaxpretrain.build import ConfigError, abstract, build
 from jaxpretrain.evaluators import EvalContext, extract, run_all
 from jaxpretrain.evaluators.base import completed_steps, one_behind
+from tests.tiny import xla_flags
 
 MEAN, STD = np.float32([10, 20, 30]), np.float32([50, 60, 70])
 
@@ -572,7 +573,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(2), "JAX_PLATFORMS": "cpu"}
     children = [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, str(port), str(index), str(tmp_path / str(index))],

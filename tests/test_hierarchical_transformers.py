@@ -14,7 +14,14 @@ from jaxpretrain.build import ConfigError, build
 from jaxpretrain.interop import mmpretrain
 from jaxpretrain.models.layers.rel_pos_decomposed import relative_vectors
 from tests.backbone_cases.hierarchical_transformers import CASES
-from tests.parity import assert_logits, assert_summary, build_by_reference, load_golden, reference_input
+from tests.parity import (
+    assert_logits,
+    assert_summary,
+    build_by_reference,
+    load_golden,
+    one_pass,
+    reference_input,
+)
 from tests.test_backbones import assert_close, images, made, parts, tensors
 
 
@@ -27,11 +34,12 @@ def test_t2t_vit_equals_the_reference_in_float64() -> None:
         keys = len(mmpretrain.names(model)) + len(mmpretrain.derived(model))
         assert keys == golden["n_keys"] and mmpretrain.num_parameters(model) == golden["n_params"]
         model.eval()
+        model.set_attributes(scan_layers=True, raise_if_not_found=False)
         graphdef, params, rest = parts(model)
 
         @jax.jit
         def run(params: Any, rest: Any, x: Any) -> Any:
-            model = nnx.merge(graphdef, params, rest)
+            model = one_pass(nnx.merge(graphdef, params, rest))
             return model.extract_feat(x, "backbone"), model(x)
 
         feats, logits = run(params, rest, reference_input(tuple(golden["input_shape"])).astype(np.float64))

@@ -67,18 +67,8 @@ BIG = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout}-{case}")
-class TestTiny:
-    def test_outputs(self, case: Case) -> None:
-        interop_cases.check_outputs(case)
-
-    def test_recognised(self, case: Case) -> None:
-        interop_cases.check_recognised(case)
-
-    def test_export(self, case: Case) -> None:
-        interop_cases.check_export(case)
-
-    def test_renamed(self, case: Case) -> None:
-        interop_cases.check_renamed(case)
+class TestTiny(interop_cases.Tiny):
+    pass
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxpretrain.build import abstract, build
 from jaxpretrain.interop import InteropError, export, load_weights
-from tests import foreign
+from tests import foreign, interop_cases
 from tests.foreign import Case, Run
 from tests.parity import TOLERANCE
 
@@ -270,23 +270,8 @@ every = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
 @every
-def test_outputs_are_those_of_transformers(case):
-    foreign.check_outputs(case)
-
-
-@every
-def test_layout_is_recognised(case):
-    foreign.check_recognised(case)
-
-
-@every
-def test_export_gives_the_file_back(case):
-    foreign.check_export(case)
-
-
-@every
-def test_one_unknown_name_is_one_error(case):
-    foreign.check_renamed_key(case)
+class TestTiny(interop_cases.Tiny):
+    checks = foreign
 
 
 def in_memory(golden: str) -> dict[str, np.ndarray]:

@@ -100,18 +100,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout}-{case.name}")
-class TestTiny:
-    def test_outputs(self, case: Case) -> None:
-        interop_cases.check_outputs(case)
-
-    def test_recognised(self, case: Case) -> None:
-        interop_cases.check_recognised(case)
-
-    def test_export(self, case: Case) -> None:
-        interop_cases.check_export(case)
-
-    def test_renamed(self, case: Case) -> None:
-        interop_cases.check_renamed(case)
+class TestTiny(interop_cases.Tiny):
+    pass
 
 
 def test_pointwise_convolutions_of_either_kind() -> None:

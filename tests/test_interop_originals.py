@@ -17,7 +17,7 @@ from flax import nnx
 from jaxpretrain.build import abstract
 from jaxpretrain.interop import InteropError, export, files, load_weights
 from jaxpretrain.models.necks import GlobalAveragePooling
-from tests import foreign
+from tests import foreign, interop_cases
 from tests.foreign import Case, Run
 
 TINY = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=24)
@@ -266,27 +266,10 @@ CASES = [
     ),
 ]
 
-every = pytest.mark.parametrize("case", CASES, ids=repr)
 
-
-@every
-def test_outputs_are_those_of_the_release(case):
-    foreign.check_outputs(case)
-
-
-@every
-def test_layout_is_recognised(case):
-    foreign.check_recognised(case)
-
-
-@every
-def test_export_gives_the_file_back(case):
-    foreign.check_export(case)
-
-
-@every
-def test_one_unknown_name_is_one_error(case):
-    foreign.check_renamed_key(case)
+@pytest.mark.parametrize("case", CASES, ids=repr)
+class TestTiny(interop_cases.Tiny):
+    checks = foreign
 
 
 # What comes in other forms, and what does not fit.

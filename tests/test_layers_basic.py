@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,21 +36,25 @@ def nhwc(x):
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def assert_same_with_gradient(ours, theirs, x):
-    """Values and input gradients of two functions of NHWC images, the second one PyTorch's on NCHW."""
+def assert_same_with_gradient(ours, theirs, x, *params):
+    """Values and input gradients of two functions of NHWC images, the second one PyTorch's on NCHW.
+
+    The first one gets `params` too; returns their gradients.
+    """
     tx = nchw(x)
     ty = theirs(tx)
     g = normal(*nhwc(ty).shape, seed=9)
     ty.backward(nchw(g).detach())
 
     @jax.jit
-    def run(x, g):
-        y, vjp = jax.vjp(ours, x)
-        return y, vjp(g)[0]
+    def run(g, *args):
+        y, vjp = jax.vjp(ours, *args)
+        return y, vjp(g)
 
-    y, dx = run(x, g)
+    y, (dx, *grads) = run(g, x, *params)
     assert_close(y, nhwc(ty))
     assert_close(dx, nhwc(tx.grad))
+    return grads
 
 
 # --- convolution and linear ------------------------------------------------------------------------------------------
@@ -82,12 +88,9 @@ def test_conv2d_equals_pytorch(config, size):
     if conv.bias is not None:
         conv.bias.set_value(jnp.asarray(normal(8, seed=2)))
         theirs.bias.data = torch.tensor(normal(8, seed=2))
-    x = normal(2, *size, 4)
-    assert_same_with_gradient(conv, theirs, x)
-
     graphdef, params = nnx.split(conv)
-    g = normal(*conv(x).shape, seed=9)
-    grads = nnx.to_pure_dict(jax.jit(jax.grad(lambda p: (nnx.merge(graphdef, p)(x) * g).sum()))(params))
+    x, params = normal(2, *size, 4), nnx.to_pure_dict(params)
+    (grads,) = assert_same_with_gradient(lambda x, params: nnx.merge(graphdef, params)(x), theirs, x, params)
     assert_close(grads["kernel"].transpose(3, 2, 0, 1), theirs.weight.grad.numpy())
     if conv.bias is not None:
         assert_close(grads["bias"], theirs.bias.grad.numpy())
@@ -114,7 +117,8 @@ def test_layers_compute_in_the_dtype_of_their_input(dtype):
         layers = [Conv2d(4, 4, 3, rngs=rngs), Conv2d(4, 4, 1, rngs=rngs), Linear(4, 4, rngs=rngs), BatchNorm(4)]
         layers += [LayerNorm(4), relu, lambda x: max_pool2d(x, 2), lambda x: avg_pool2d(x, 2), global_avg_pool]
         for layer in layers:
-            assert layer(jnp.ones((2, 5, 5, 4), dtype)).dtype == dtype
+            call = layer if isinstance(layer, BatchNorm) else partial(jax.eval_shape, layer)  # which has state
+            assert call(jnp.ones((2, 5, 5, 4), dtype)).dtype == dtype
             if isinstance(layer, nnx.Module):
                 dtypes = {v.dtype for _, v in nnx.state(layer).flat_state()}
                 assert dtypes <= {jnp.dtype("float32"), jnp.dtype("int32")}

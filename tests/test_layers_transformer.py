@@ -28,6 +28,8 @@ from jaxpretrain.models.layers import (
     resize_pos_embed,
 )
 from jaxpretrain.models.layers.attention import scaled_dot_product_attention
+from jaxpretrain.models.layers.drop import drop_path
+from jaxpretrain.models.layers.linear import Linear
 from jaxpretrain.models.vision_transformer import TransformerEncoderLayer
 
 
@@ -263,15 +265,33 @@ def test_sincos_positions_arguments():
 
 # Stacks
 
+
+class Branch(nnx.Module):
+    """As little as a block of a stack can be, with every kind of draw."""
+
+    def __init__(self, drop: float, drop_path_rate: float, *, rngs: nnx.Rngs):
+        self.fc1, self.fc2 = Linear(8, 12, rngs=rngs), Linear(12, 8, rngs=rngs)
+        self.drop, self.drop_path_rate, self.deterministic = Dropout(drop), drop_path_rate, False
+
+    def __call__(self, x, *, rngs=None, drop_path_rate=None):
+        rate = self.drop_path_rate if drop_path_rate is None else drop_path_rate
+        y = self.fc2(self.drop(jnp.tanh(self.fc1(x)), rngs=rngs))
+        return x + drop_path(y, 0.0 if self.deterministic else rate, rngs)
+
+
 FORMS = [(scan, remat) for scan in (False, True) for remat in ("none", "full", "dots")]
 
 
-def blocks(num_layers: int = 4, drop: float = 0.0, drop_path: float = 0.0) -> nnx.List:
-    def block(rate: float) -> TransformerEncoderLayer:
-        rngs = nnx.Rngs(0)
-        return TransformerEncoderLayer(8, 2, 12, drop_rate=drop, attn_drop_rate=drop, drop_path_rate=rate, rngs=rngs)
+def blocks(num_layers: int = 4, drop: float = 0.0) -> nnx.List:
+    def block() -> TransformerEncoderLayer:
+        return TransformerEncoderLayer(8, 2, 12, drop_rate=drop, attn_drop_rate=drop, rngs=nnx.Rngs(0))
 
-    return filled(lambda: nnx.List([block(rate) for rate in np.linspace(0, drop_path, num_layers)]))
+    return filled(lambda: nnx.List([block() for _ in range(num_layers)]))
+
+
+def branches(num_layers: int, drop: float = 0.0, drop_path_rate: float = 0.0) -> nnx.List:
+    rates = np.linspace(0, drop_path_rate, num_layers).tolist()
+    return filled(lambda: nnx.List([Branch(drop, rate, rngs=nnx.Rngs(0)) for rate in rates]))
 
 
 def value_and_grads(layers: nnx.List, x: jax.Array, scan: bool, remat: str, out_indices=()) -> Any:
@@ -301,7 +321,7 @@ def assert_same(actual: Any, wanted: Any) -> None:
 
 
 def test_all_forms_agree_in_value_gradient_and_draws():
-    layers, x = blocks(3, drop=0.2, drop_path=0.5), jnp.asarray(normal(0, 3, 5, 8))
+    layers, x = branches(3, drop=0.2, drop_path_rate=0.5), jnp.asarray(normal(0, 3, 5, 8))
     wanted = value_and_grads(layers, x, False, "none", (0, 2))
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(wanted[1]))
     for scan, remat in FORMS[1:]:
@@ -361,7 +381,7 @@ def test_scan_shrinks_the_program_and_splits_at_outputs_and_frozen_layers():
 
 
 def test_frozen_layers_pass_through_every_form():
-    layers, x = blocks(4), jnp.asarray(normal(0, 3, 5, 8))
+    layers, x = branches(4), jnp.asarray(normal(0, 3, 5, 8))
     freeze(layers[0])
     freeze(layers[1])
     wanted = value_and_grads(layers, x, False, "none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpretrain.build import ConfigError, build
-from jaxpretrain.interop import load_weights
+from jaxpretrain.build import ConfigError, abstract, build
+from jaxpretrain.interop import InteropError, export, load_weights, save_weights
 from jaxpretrain.interop import mmpretrain as hub
 from jaxpretrain.models.layers import Frozen
 from jaxpretrain.models.lora import LoRALinear, merge_lora
@@ -25,11 +26,12 @@ VIT = dict(
     patch_size=4,
 )
 SWIN = dict(type="SwinTransformer", arch=dict(embed_dims=8, depths=[2], num_heads=[2]), window_size=4, out_indices=(0,))
+LORA = dict(type="LoRAModel", module=VIT, alpha=8, rank=2, targets=[dict(type="qkv")])
 
 
 def lora(module: dict[str, Any] = VIT, **kwargs: Any) -> Any:
     """With random updates, so that they count."""
-    return random(dict(type="LoRAModel", module=module, alpha=8, rank=2, targets=[dict(type="qkv")]) | kwargs)
+    return random(LORA | dict(module=module) | kwargs)
 
 
 @pytest.mark.parametrize("module", [VIT, SWIN], ids=["vit", "swin"])
@@ -126,6 +128,47 @@ def test_weights_of_the_network_fit() -> None:
     model.eval(), plain.eval()
     x = images(16, 2)
     assert_close(call(model, x)[0], call(plain, x)[0])
+
+
+def classifier(backbone: dict[str, Any]) -> dict[str, Any]:
+    head = dict(type="VisionTransformerClsHead", num_classes=3, in_channels=16)
+    return dict(type="ImageClassifier", backbone=backbone, head=head)
+
+
+@pytest.mark.parametrize("layout", ["mmpretrain", "timm"])
+def test_weights_of_the_network_fill_shapes(layout: str) -> None:
+    """As the zoo loads them: whatever their names, into a network that has none; the updates start anew."""
+    plain = random(classifier(VIT), seed=1)
+    model = abstract(classifier(LORA))
+    report = load_weights(model, export(plain, layout))
+    assert report.layout == layout and len(report.reinitialised) == 4
+    updates = [part for _, part in nnx.iter_modules(model) if isinstance(part, LoRALinear)]
+    assert all(part.lora_down.kernel[...].any() and not part.lora_up.kernel[...].any() for part in updates)
+    model.eval(), plain.eval()
+    x = images(16, 2)
+    assert_close(call(model, x)[0], call(plain, x)[0])
+
+
+def test_its_own_weights_come_back(tmp_path: Path) -> None:
+    """Updates included, alone and in a classifier; in a directory too, as do those of the plain network."""
+    for config, plain in ((LORA, VIT), (classifier(LORA), classifier(VIT))):
+        state = export(random(config))
+        model = abstract(config)
+        assert not load_weights(model, state).reinitialised
+        again = export(model)
+        assert all(np.array_equal(again[name], array) for name, array in state.items())
+        folder = tmp_path / config["type"]
+        save_weights(random(plain), folder)
+        assert len(load_weights(abstract(config), folder).reinitialised) == 4
+    with pytest.raises(InteropError, match=r"merge_lora\(model\)"):
+        export(random(LORA), "timm")
+
+
+def test_shapes_merge() -> None:
+    merged = merge_lora(abstract(classifier(LORA)))
+    assert hub.shapes(merged) == hub.shapes(abstract(classifier(VIT)))
+    state = export(random(classifier(VIT)))
+    assert not load_weights(merged, state).reinitialised
 
 
 def test_errors() -> None:

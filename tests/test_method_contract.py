@@ -32,6 +32,7 @@ class Run:
         self.case = CASES[name]
         graphdef, params, rest = split(self.case.make())
         optimizer = build_optimizer(dict(optimizer=dict(type="SGD", lr=LR, momentum=0.9)), np.full(STEPS, LR), params)
+        self.batch = self.case.batch()
         step, rng = np.int32(0), jax.random.key_data(jax.random.key(0))
         opt_state = optimizer.init(params)
         self.first = jax.device_get(
@@ -46,8 +47,13 @@ class Run:
         shardings = tree_shardings(self.first, where)
         # A state must not be donated: the tests use it again.
         state = jax.device_put(jax.tree.map(np.asarray, self.first if state is None else state), shardings)
-        batch = jax.device_put(self.case.batch(), NamedSharding(where, BATCH))
-        compiled = compiled or jax.jit(self.step, out_shardings=(shardings, None)).lower(state, batch).compile()
+        rows = NamedSharding(where, BATCH)
+        batch = jax.device_put(self.batch, rows)
+        if compiled is None:
+            # From shapes alone, which know of no mesh: JAX traces a step once for all meshes.
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
+            compiled = jax.jit(self.step, in_shardings=(shardings, rows), out_shardings=(shardings, None))
+            compiled = compiled.lower(*shapes).compile()
         losses = []
         for _ in range(steps):
             state, metrics = compiled(state, batch)

@@ -17,7 +17,7 @@ from tests.parity import load_golden
 
 GOLDEN = load_golden("optimizers")
 SHAPES = {"w": (4, 3), "b": (3,), "n": (3,)}
-OURS = ("SGD", "Adam", "AdamW", "LARS", "Lamb")
+OURS = ("SGD", "Adam", "AdamW", "RMSprop", "LARS", "Lamb")
 CASES = [name for name, case in GOLDEN["optimizers"].items() if case["optimizer"]["type"] in OURS]
 
 
@@ -75,7 +75,7 @@ def wrapper(case):
 
 
 def test_cases_are_there():
-    assert len(CASES) == 21
+    assert len(CASES) == 24
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from jaxpretrain.build import ConfigError, build
+from jaxpretrain.build import ConfigError, abstract, build
 from jaxpretrain.checkpoint import load_params
 from jaxpretrain.config import apply_overrides, load_config, to_plain
 from jaxpretrain.followers import ENCODER, MASKED_ENCODER, linear_probe
@@ -21,6 +23,7 @@ from jaxpretrain.recipes import DIGITS_MEAN_STD as GREY
 from jaxpretrain.recipes import digits
 from jaxpretrain.train_state import make_method
 from jaxpretrain.trainer import train
+from jaxpretrain.zoo import list_models, model_info
 from tests.test_config import ALL
 from tests.tiny import losses
 
@@ -93,15 +96,29 @@ def test_a_probe_starts_from_a_run_and_leaves_its_encoder_alone(tmp_path):
         np.testing.assert_array_equal(array, known[path], err_msg=path)
 
 
+@functools.cache
+def methods() -> dict[tuple[str, str], dict[str, Any]]:
+    """(file, name) -> the configuration of the method."""
+    return {(file, name): to_plain(load_config(f"configs/{file}:{name}").method) for file, name in ALL}
+
+
+def text(config: Any) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
 def networks() -> list[Any]:
-    """One recipe for each different network, among them all in PARAMETERS; big classifiers are slow to build."""
-    by_method = {}
-    for file, name in sorted(ALL, key=lambda recipe: recipe[1] not in PARAMETERS):
-        method = str(to_plain(load_config(f"configs/{file}:{name}").method))
-        by_method.setdefault(method, (file, name))
+    """One recipe for each different network, among them all in PARAMETERS. Of classifiers it is the backbone that is slow to
+    build: those that test_zoo.py builds with the zoo's models are not built again."""
+    built = {text(info.model.get("backbone")) for info in map(model_info, list_models()) if info.available}
+    by_network = {}
+    for recipe in sorted(ALL, key=lambda recipe: recipe[1] not in PARAMETERS):
+        method = methods()[recipe]
+        network = text(method["model"]["backbone"] if method["type"] == "Supervised" else method)
+        if network not in built or recipe[1] in PARAMETERS:
+            by_network.setdefault(network, recipe)
     return [
         pytest.param(*recipe, marks=pytest.mark.slow if re.match("(vit|swin)-(large|huge)", recipe[1]) else ())
-        for recipe in by_method.values()
+        for recipe in by_network.values()
     ]
 
 
@@ -112,3 +129,13 @@ def test_recipe_builds(file, name):
     if name in PARAMETERS:
         leaves = jax.tree.leaves(nnx.state(method, (nnx.Param, Frozen)))
         assert sum(leaf.size for leaf in leaves) == PARAMETERS[name]
+
+
+def test_the_rest_of_each_classifier_builds():
+    """Neck, head, loss and batch augmentations, on a backbone that is quickly built."""
+    backbone = dict(type="ResNet_CIFAR", depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
+    classifiers = [method for method in methods().values() if method["type"] == "Supervised"]
+    different = {text(method | dict(model=method["model"] | dict(backbone=backbone))) for method in classifiers}
+    assert len(different) > 50
+    for method in map(json.loads, different):
+        abstract(method)

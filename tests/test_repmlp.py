@@ -13,7 +13,14 @@ from jaxpretrain.interop import mmpretrain as hub
 from jaxpretrain.models.layers.conv import Conv2d
 from jaxpretrain.models.repmlp import conv_matrices
 from tests.backbone_cases import CASES
-from tests.parity import assert_logits, assert_summary, build_by_reference, load_golden, reference_input
+from tests.parity import (
+    assert_logits,
+    assert_summary,
+    build_by_reference,
+    load_golden,
+    one_pass,
+    reference_input,
+)
 
 
 @pytest.mark.slow
@@ -29,7 +36,7 @@ def test_golden():
 
         @jax.jit
         def run(state, x):
-            model = nnx.merge(graphdef, state)
+            model = one_pass(nnx.merge(graphdef, state))
             return model.extract_feat(x, "backbone"), model(x)
 
         feats, logits = run(state, jnp.asarray(reference_input(golden["input_shape"]), jnp.float64))

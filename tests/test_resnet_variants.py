@@ -16,7 +16,7 @@ from jaxpretrain.flops import count_flops
 from jaxpretrain.interop import mmpretrain
 from jaxpretrain.models.layers import BatchNorm, Conv2d, Frozen, intermediates
 from jaxpretrain.models.layers.se import SELayer, make_divisible
-from tests.parity import assert_logits, assert_summary, build_by_reference, load_golden, reference_input
+from tests.parity import assert_logits, assert_summary, build_by_reference, load_golden, one_pass, reference_input
 from tests.test_resnet import SHORT, TINY, assert_close, blank, forward, normal, random, split, stats_of
 
 ONE = dict(**SHORT, depth=50, groups=2, width_per_group=4)  # one stage of three blocks, 8 channels inside
@@ -55,9 +55,8 @@ def test_classifier_equals_reference(name):
 
     @jax.jit
     def run(state, images):
-        model = nnx.merge(graphdef, state)
-        feats = model.extract_feat(images, "backbone")
-        return feats, feats if model.neck is None else model.neck(feats), model(images)
+        model = one_pass(nnx.merge(graphdef, state))
+        return model.extract_feat(images, "backbone"), model.extract_feat(images), model(images)
 
     feats, pooled, logits = run(state, reference_input(tuple(golden["input_shape"])))
     for ours, summaries in ((feats, golden["features"]), (pooled, golden["neck"] or golden["features"])):

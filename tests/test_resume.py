@@ -26,7 +26,7 @@ from jaxpretrain import cli, main, sharding
 from jaxpretrain.cli import ExpectedFailure
 from jaxpretrain.config import load_config
 from jaxpretrain.trainer import Trainer, train
-from tests.tiny import losses, records, tiny_config
+from tests.tiny import losses, records, tiny_config, xla_flags
 
 ROOT = Path(__file__).parents[1]
 STEPS = 48  # two epochs of 23 steps and a bit
@@ -67,7 +67,7 @@ class Command:
         """The process, leader of its own process group; all of the group is killed at the end, whatever happens."""
         env = os.environ | dict(
             PYTHONPATH=str(ROOT),
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+            XLA_FLAGS=xla_flags(devices),
             JAX_COMPILATION_CACHE_DIR=str(self.cache),  # not the one of other tests: a kill may leave half an entry
         )
         arguments = [f"--config={self.recipe}", f"--workdir={workdir}", *(f"--config.{item}" for item in overrides)]
@@ -304,8 +304,8 @@ class Observed(Trainer):
         self.batches: list[dict[str, Any]] = []
         self.stop = stop
 
-    def compile(self, state: Any, batch: Any) -> Any:
-        step = super().compile(state, batch)
+    def compile(self, state: Any, batch: Any, phase: int = 0) -> Any:
+        step = super().compile(state, batch, phase)
 
         def observed(state: Any, batch: Any) -> Any:
             self.batches.append(jax.device_get(batch))
@@ -431,15 +431,14 @@ def largest_file(directory: Path) -> Path:
     return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.slow
-def test_a_flipped_byte_is_refused(command: Command, copy: Path) -> None:
+def test_a_flipped_byte_is_refused(refuse: Any, copy: Path) -> None:
     path = largest_file(copy / "checkpoints" / str(STEPS) / "state")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    code, output = command.run(copy)
-    assert code == 1 and "Traceback" not in output, output
-    last = output.strip().splitlines()[-1]
+    code, error = refuse(copy)
+    assert code == 1 and "Traceback" not in error, error
+    last = error.strip().splitlines()[-1]
     assert last.startswith(f"stopped: The checkpoint of step {STEPS} is damaged: ")
     assert "Older ones: steps" in last and "--config.checkpoint.step=44" in last
 

@@ -128,8 +128,8 @@ def fit(config: Any, workdir: Path, first: Any = None) -> Run:
     seen: dict[str, Any] = {}
     compile_step = trainer.compile
 
-    def watched(state: Any, batch: Any) -> Any:
-        step = compile_step(state, batch)
+    def watched(state: Any, batch: Any, phase: int) -> Any:
+        step = compile_step(state, batch, phase)
         seen["first"] = jax.tree.map(jnp.copy, state)
 
         def call(state: Any, batch: Any) -> Any:

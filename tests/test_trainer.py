@@ -75,6 +75,25 @@ def test_the_clock_stands_still_in_evaluation(tmp_path, monkeypatch):
     assert records(tmp_path)[-1]["elapsed"] < time.perf_counter() - begin - 5.0
 
 
+def test_statistics_are_averaged_too(tmp_path):
+    ema = dict(momentum=0.25, update_buffers=True)
+    checkpoint = dict(interval=1, by_epoch=False, max_to_keep=-1)
+    config = tiny_config(max_steps=4, ema=ema, checkpoint=checkpoint, evaluators=EVALUATORS)
+    scores = train(config, tmp_path)
+    states = [load_params(tmp_path, step).state for step in (1, 2, 3, 4)]
+    for average, source, leaf in (("ema", "params", "scale"), ("ema_state", "model_state", "var")):
+        expected = states[0][source]["norm"][leaf]
+        for state in states[1:]:
+            expected = expected + 0.25 * (state[source]["norm"][leaf] - expected)
+        np.testing.assert_allclose(states[-1][average]["norm"][leaf], expected, rtol=1e-5)
+        assert not np.allclose(expected, states[-1][source]["norm"][leaf], rtol=1e-3)
+    assert evaluate(config, tmp_path) == pytest.approx(scores)
+    newest = evaluate(tiny_config(ema=dict(momentum=0.25), evaluators=EVALUATORS), tmp_path)
+    assert newest["knn/top1"] != scores["knn/top1"]
+    with pytest.raises(ConfigError, match="choose one"):
+        Trainer(tiny_config(ema=ema, precise_bn=dict(num_samples=64)), tmp_path)
+
+
 def test_accumulation_equals_one_batch(tmp_path):
     config = dict(method=dict(type="tests.tiny.TinyMethod", batch_norm=False, noise=0.0))
     train(tiny_config(**config), tmp_path / "whole")

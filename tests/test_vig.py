@@ -11,7 +11,14 @@ from flax import nnx
 from jaxpretrain.build import ConfigError, build
 from jaxpretrain.interop import mmpretrain as hub
 from jaxpretrain.models import vig
-from tests.parity import assert_logits, assert_summary, build_by_reference, load_golden, reference_input
+from tests.parity import (
+    assert_logits,
+    assert_summary,
+    build_by_reference,
+    load_golden,
+    one_pass,
+    reference_input,
+)
 from tests.test_resnet import random
 
 
@@ -39,7 +46,7 @@ def test_golden(name):
 
         @jax.jit
         def run(state, x):
-            model = nnx.merge(graphdef, state)
+            model = one_pass(nnx.merge(graphdef, state))
             return model.extract_feat(x, "backbone"), model(x)
 
         feats, logits = run(state, jnp.asarray(reference_input(golden["input_shape"]), jnp.float64))

@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict
 from jaxpretrain.build import ConfigError, resolve
 from jaxpretrain.config import load_config, to_plain
 from jaxpretrain.data import device, host_transforms
+from jaxpretrain.data.phases import phases_of
 from jaxpretrain.interop import mmpretrain
 from jaxpretrain.interop.weights import read_weights
 from jaxpretrain.optim import learning_rates, weight_decays
@@ -35,16 +36,30 @@ from tests.test_config import ALL
 
 # Where ours depart, why. Every entry is tested to be a departure.
 BATCH_OF_THE_NAME = {"batch": "the file's images per GPU are not those of its name, to which its learning rate belongs"}
+FORGOTTEN_BATCH = {
+    "batch": "the file forgets the images per GPU of its name; it has those of the files that it builds on"
+}
 SOFT_LABELS = {
     f"method.model.head.{part}": "mixed labels go to the head of single labels, whose loss takes them as well"
     for part in ("type", "loss.use_soft")
 }
 LATE_JITTER = {"augmentation order": "colours change on the device, so after cropping instead of before"}
-JITTER_BEHIND_ERASING = {"augmentation order": "colour jitter runs on the device, so after erasing instead of before"}
 DEVIATIONS: dict[str, dict[str, str]] = {
     "beit_beit-base-p16_8xb256-amp-coslr-300e_in1k": LATE_JITTER,
     "beitv2_beit-base-p16_8xb256-amp-coslr-300e_in1k": LATE_JITTER,
     "beitv2_beit-base-p16_8xb256-amp-coslr-1600e_in1k": LATE_JITTER,
+    **{
+        f"convnext-{arch}_3rdparty_in21k": {
+            f"method.model.{part}": "the file builds on the base model, to which its weights do not belong"
+            for part in ("backbone.arch", "head.in_channels")
+        }
+        for arch in ("large", "xlarge")
+    },
+    "convnextv2-tiny_spark-pre_300e_in1k": BATCH_OF_THE_NAME,
+    **{
+        f"deit3-large-p16_{weights}3rdparty_in1k-384px": {"auto_scale_lr": "the file has 1025 for 64 times 16 images"}
+        for weights in ("", "in21k-pre_")
+    },
     "densecl_resnet50_8xb32-coslr-200e_in1k": {
         "method.start_iters": "the dense loss begins after 1,000 steps in the paper's code; MMPretrain's recipe lost its hook"
     },
@@ -62,9 +77,21 @@ DEVIATIONS: dict[str, dict[str, str]] = {
     "vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px": {
         "batch": "the file forgets the 8 images per GPU of its name; ours then scales the learning rate with the batch"
     },
-    "vit-base-p16_maskfeat-pre_8xb256-coslr-100e_in1k": JITTER_BEHIND_ERASING,
+    "vgg16_8xb16_voc": {
+        "paramwise_cfg": "the file's key, `.backbone.classifier`, fits no parameter there: names do not begin with a dot"
+    },
     **dict.fromkeys(("hornet-tiny_3rdparty_in1k", "hornet-tiny-gf_3rdparty_in1k"), BATCH_OF_THE_NAME),
-    **{f"van-{arch}_3rdparty_in1k": JITTER_BEHIND_ERASING for arch in ("tiny", "small", "base", "large")},
+    **{
+        f"efficientformer-{arch}_3rdparty_8xb128_in1k": {
+            "method.model.head.distillation": "a head that learns from a teacher cannot train, in MMPretrain neither"
+        }
+        for arch in ("l1", "l3", "l7")
+    },
+    **{f"edgenext-{arch}_3rdparty_in1k": FORGOTTEN_BATCH for arch in ("xxsmall", "xsmall", "small", "base")},
+    **dict.fromkeys(("edgenext-small-usi_3rdparty_in1k", "edgenext-base_3rdparty-usi_in1k"), FORGOTTEN_BATCH),
+    **{f"tinyvit-{arch}_3rdparty_in1k": FORGOTTEN_BATCH for arch in ("5m", "11m", "21m")},
+    **{f"tinyvit-{arch}_in21k-distill-pre_3rdparty_in1k": FORGOTTEN_BATCH for arch in ("5m", "11m", "21m")},
+    **{f"tinyvit-21m_in21k-distill-pre_3rdparty_in1k-{size}px": FORGOTTEN_BATCH for size in (384, 512)},
 }
 
 
@@ -123,14 +150,25 @@ def filled(cfg: Any) -> Any:
     """The description with all arguments that it leaves to defaults; tuples as lists."""
     if isinstance(cfg, dict):
         known = defaults(component(cfg["type"])) if "type" in cfg and component(cfg["type"]) is not None else {}
-        return {key: filled(value) for key, value in {**known, **cfg}.items() if key not in IRRELEVANT}
+        full = {**known, **cfg}
+        return {k: filled(v) for k, v in full.items() if k not in IRRELEVANT and not is_ours(k, full)}
     if isinstance(cfg, list | tuple):
         return [filled(value) for value in cfg]
     return cfg
 
 
 # What only matters in PyTorch, is not in our classes, or is compared elsewhere.
-IRRELEVANT = {"topk", "cal_acc", "with_cp", "data_preprocessor", "rngs", "pretrained", "groups", "requires_grad"}
+IRRELEVANT = {"topk", "cal_acc", "with_cp", "data_preprocessor", "rngs", "pretrained", "requires_grad"}
+
+
+def is_ours(key: str, cfg: dict[str, Any]) -> bool:
+    """Whether this is the number of groups of a BatchNorm, not of channels: MMPretrain has as many as GPUs."""
+    return key == "groups" and "width_per_group" not in cfg and not str(cfg.get("type")).startswith("ShuffleNet")
+
+
+def network(backbone: dict[str, Any]) -> dict[str, Any]:
+    """What files of weights are of: LoRA's is around it."""
+    return backbone["module"] if backbone["type"] == "LoRAModel" else backbone
 
 
 def model_of(cfg: dict[str, Any], encoder_is_loaded: bool) -> dict[str, Any]:
@@ -149,7 +187,7 @@ def model_of(cfg: dict[str, Any], encoder_is_loaded: bool) -> dict[str, Any]:
 
     full = filled(cfg)
     if encoder_is_loaded:
-        full["model"]["backbone"]["init_cfg"] = None
+        network(full["model"]["backbone"])["init_cfg"] = None
     if isinstance(full.get("target_generator"), dict):  # its weights are a file's, in one way or another
         full["target_generator"]["init_cfg"] = None
     return tidy(full)
@@ -238,10 +276,14 @@ def common(optimizer: dict[str, Any], wrapper: dict[str, Any], schedule: Any, ep
 def ours(file: str, name: str) -> dict[str, Any]:
     config = to_plain(load_config(f"configs/{file}:{name}"))
     wrapper, method = config["optim_wrapper"], config["method"]
+    evaluated = "model" in method and config["data"]["val"]["dataset"] is not None
     loads = config["load_from"] is not None and config["load_from"]["part"] == "backbone"
     train = views(config["data"]["train"]["pipeline"], config["data"]["train"]["device_pipeline"])
     train = [steps(chain) for chain in train]
-    mean_std = {key: list(value) for key, value in config["data_preprocessor"].items() if value is not None}
+    pixels = config["data_preprocessor"]
+    mean_std = {
+        key: value if key == "channel_order" else list(value) for key, value in pixels.items() if value is not None
+    }
     return dict(
         common(wrapper["optimizer"], wrapper, config["param_scheduler"], config["max_epochs"]),
         batch=config["batch_size"],
@@ -253,9 +295,39 @@ def ours(file: str, name: str) -> dict[str, Any]:
         starts_from_encoder=loads,
         auto_scale_lr=config["auto_scale_lr"]["base_batch_size"],
         ema=config["ema"],
+        images=config["data"]["train"]["dataset"]["type"],
+        sampler=config["data"]["train"]["sampler"],
+        later=[
+            {
+                "begin": phase.begin,
+                "augmentations": [steps(chain) for chain in views(phase.pipeline, phase.device_pipeline)],
+            }
+            for phase in phases_of(config["data"]["train"])[1:]
+        ],
+        precise_bn=config["precise_bn"],
         **{"augmentation order": [order(chain) for chain in train]},
-        evaluation=steps(config["data"]["val"]["pipeline"]) if "model" in method else None,
+        evaluation=steps(config["data"]["val"]["pipeline"]) if evaluated else None,
     )
+
+
+def gpus_of(stem: str) -> int | None:
+    """Of the name of a file; None where it does not say, and the batch is the one that its learning rate is for."""
+    named = re.search(r"(\d+)xb(\d+)", stem)
+    return None if named is None else int(named[1])
+
+
+def colours(preprocessor: dict[str, Any], pipeline: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation of R, G and B, and the order that the network wants. CIFAR's images are RGB there too."""
+    found = {k: v for k, v in preprocessor.items() if re.fullmatch(r"(second_)?(mean|std)", k)}
+    is_file = pipeline[0]["type"] == "LoadImageFromFile"
+    if preprocessor.get("to_rgb") or (len(found["mean"]) == 3 and not is_file):
+        return found | {"channel_order": "rgb"}
+    return {k: v[::-1] for k, v in found.items()} | {"channel_order": "grey" if len(found["mean"]) == 1 else "bgr"}
+
+
+def sampler_of(loader: dict[str, Any]) -> dict[str, Any] | None:
+    sampler = {key: value for key, value in loader["sampler"].items() if (key, value) != ("shuffle", True)}
+    return None if sampler == dict(type="DefaultSampler") else sampler
 
 
 def theirs(name: str) -> dict[str, Any]:
@@ -264,24 +336,29 @@ def theirs(name: str) -> dict[str, Any]:
     wrapper, loader, model = recipe["optim_wrapper"], recipe["train_dataloader"], recipe["model"]
     train = [steps(chain, bgr=True) for chain in views(loader["dataset"]["pipeline"])]
     is_classifier = model["type"] == "ImageClassifier"
-    init = model["backbone"].get("init_cfg")
+    evaluated = is_classifier and recipe.get("val_dataloader") is not None
+    init = network(model["backbone"]).get("init_cfg") if is_classifier else None
     loads = is_classifier and isinstance(init, dict) and init["type"] == "Pretrained"
-    named = re.search(r"(\d+)xb(\d+)", stem)
+    gpus, scale = gpus_of(stem), recipe.get("auto_scale_lr") or {}
     hooks = {hook["type"]: hook for hook in recipe.get("custom_hooks") or []}
     ema = hooks.pop("EMAHook", None)
     settings = dict(
         common(wrapper["optimizer"], wrapper, recipe["param_scheduler"], recipe["train_cfg"]["max_epochs"]),
-        batch=int(named[1]) * loader["batch_size"],
+        batch=scale["base_batch_size"] if gpus is None else gpus * loader["batch_size"],
         accumulative_counts=wrapper.get("accumulative_counts", 1),
         bfloat16=wrapper.get("type") == "AmpOptimWrapper" or "-amp-" in stem,
         augmentations=[sorted_steps(chain) for chain in train],
-        mean_std={k: v for k, v in recipe["data_preprocessor"].items() if re.fullmatch(r"(second_)?(mean|std)", k)},
+        mean_std=colours(recipe["data_preprocessor"], loader["dataset"]["pipeline"]),
         method=model_of(dict(type="Supervised", model=model) if is_classifier else model, loads),
         starts_from_encoder=loads,
-        auto_scale_lr=(recipe.get("auto_scale_lr") or {}).get("base_batch_size"),
-        ema=None if ema is None else {"momentum": ema["momentum"]},
+        auto_scale_lr=scale.get("base_batch_size"),
+        ema=None if ema is None else {key: ema[key] for key in ("momentum", "update_buffers") if key in ema},
+        images=loader["dataset"]["type"],
+        sampler=sampler_of(loader),
+        later=[],
+        precise_bn=None,
         **{"augmentation order": [order(chain) for chain in train]},
-        evaluation=steps(recipe["val_dataloader"]["dataset"]["pipeline"], bgr=True) if is_classifier else None,
+        evaluation=steps(recipe["val_dataloader"]["dataset"]["pipeline"], bgr=True) if evaluated else None,
     )
     for kind, hook in hooks.items():
         HOOKS[kind](hook, settings)
@@ -302,7 +379,23 @@ def swav_hook(hook: dict[str, Any], settings: dict[str, Any]) -> None:
     assert hook["crops_for_assign"] == settings["method"]["head"]["loss"]["crops_for_assign"]
 
 
-HOOKS = dict(SimSiamHook=simsiam_hook, SwAVHook=swav_hook)
+def precise_bn_hook(hook: dict[str, Any], settings: dict[str, Any]) -> None:
+    settings["precise_bn"] = {key: hook[key] for key in ("num_samples", "interval")}
+
+
+def switch_recipe_hook(hook: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Epochs count from 1 there."""
+    for entry in hook["schedule"]:
+        augmentations = [steps(chain, bgr=True) for chain in views(entry["pipeline"])]
+        settings["later"].append({"begin": entry["action_epoch"] - 1, "augmentations": augmentations})
+
+
+HOOKS = dict(
+    PreciseBNHook=precise_bn_hook,
+    SimSiamHook=simsiam_hook,
+    SwAVHook=swav_hook,
+    SwitchRecipeHook=switch_recipe_hook,
+)
 
 
 def differences(mine: Any, other: Any, where: str = "") -> dict[str, str]:
@@ -365,27 +458,52 @@ def followers() -> list[Any]:
     ]
 
 
+def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Of the shapes of an abstract model."""
+    zero = np.zeros((), np.float32)
+    state = {name: np.broadcast_to(zero, shape) for name, shape in mmpretrain.shapes(model).items()}
+    return state | mmpretrain.derived(model)
+
+
 @pytest.mark.parametrize(("pretraining", "follower"), followers())
 def test_followers_take_their_encoders(pretraining, follower):
     """By names and shapes of whole state dicts, in memory of a few bytes."""
     source = make_method(load_config(f"configs/{pretraining}"))
-    zero = np.zeros((), np.float32)
-    state = {name: np.broadcast_to(zero, shape) for name, shape in mmpretrain.shapes(source).items()}
     config = load_config(f"configs/{follower}")
     method = make_method(config)
     options = {key: value for key, value in to_plain(config.load_from).items() if key != "path"}
-    report = read_weights(method, state | mmpretrain.derived(source), **options)
+    report = read_weights(method, state_dict(source), **options)
     encoder = {path for path, _ in nnx.state(method).flat_state() if path[:2] == ("model", "backbone")}
-    anew = encoder - set(report.arrays)  # the norm of the patches' mean, and CAE's biases, which pre-training has not
-    assert all(path[2] == "ln2" or path[-1] == "relative_position_bias_table" for path in anew)
+    # The norm of the patches' mean or of a map, and CAE's biases, which the pre-trained encoder has not.
+    anew = encoder - set(report.arrays)
+    assert all(path[2] in ("ln2", "norm3") or path[-1] == "relative_position_bias_table" for path in anew)
+    assert len(report.arrays) > 100
+
+
+@pytest.mark.parametrize(
+    ("source", "follower", "options"),
+    [
+        (
+            "vision_transformer.py:vit-base-p16_in21k-pre_3rdparty_in1k-384px",
+            "vision_transformer.py:vit-base-p16_8xb64-lora_in1k-384px",
+            dict(part="backbone"),
+        ),
+        (
+            "convnext_v2_fcmae.py:convnext-v2-atto_fcmae-1600e_in1k",
+            "convnext_v2.py:convnext-v2-atto_fcmae-pre_3rdparty_in1k",
+            dict(part="backbone", fresh=["norm3"]),
+        ),
+    ],
+)
+def test_recipes_take_the_files_that_they_speak_of(source, follower, options):
+    found, wanted = (make_method(load_config(f"configs/{spec}")) for spec in (source, follower))
+    report = read_weights(wanted, state_dict(getattr(found, "model", found)), **options)
     assert len(report.arrays) > 100
 
 
 def groups_known() -> list[tuple[str, str]]:
     """(golden file of parameter groups, recipe of ours) of the recipes that are here."""
-    names = {
-        entry["path"].replace("/", "__"): name for name, entry in golden().items() if entry["algorithm"] != "resnet"
-    }
+    names = {entry["path"].replace("/", "__"): name for name, entry in golden().items()}
     files = [file.name.removesuffix(".json.gz") for file in sorted((GOLDEN / "param_groups").iterdir())]
     return [(file, names[file]) for file in files if file in names]
 
@@ -420,11 +538,19 @@ def test_deviations_are_of_recipes_that_exist():
     assert set(DEVIATIONS) <= set(golden())
 
 
+def batch_norm_groups(cfg: Any) -> list[int]:
+    if isinstance(cfg, list | tuple):
+        return [groups for value in cfg for groups in batch_norm_groups(value)]
+    if not isinstance(cfg, dict):
+        return []
+    own = [value for key, value in cfg.items() if is_ours(key, cfg)]
+    return own + [groups for value in cfg.values() for groups in batch_norm_groups(value)]
+
+
 def test_groups_of_batch_norms_are_gpus():
     for file, name in PAIRS:
-        text = json.dumps(to_plain(load_config(f"configs/{file}:{name}").method))
-        gpus = re.search(r"(\d+)xb", golden()[name]["path"].rsplit("/")[-1])[1]
-        assert {*re.findall(r'"groups": (\d+)', text)} <= {gpus, "1"}, name
+        method = to_plain(load_config(f"configs/{file}:{name}").method)
+        assert set(batch_norm_groups(method)) <= {gpus_of(golden()[name]["path"].rsplit("/")[-1]), 1}, name
 
 
 def test_the_comparison_notices_changes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ def tiny_config(**fields: Any) -> ConfigDict:
         both = isinstance(value, dict) and isinstance(defaults.get(name), dict)
         defaults[name] = {**defaults[name], **value} if both else value
     return recipe(**defaults)
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS for a process with so many devices, which compiles as quickly as the tests do."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
 
 
 def records(workdir: Path, phase: str = "train") -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import dataclasses
 import multiprocessing
 import pickle
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,21 +47,22 @@ class Rows:
 
 
 class Reader:
-    """Reads, decodes and transforms single samples."""
+    """Reads, decodes and transforms single samples: by `transform`, or by the last of `later` whose epoch has come."""
 
-    def __init__(self, source: Any, transform: Pipeline, seed: int):
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: Any, transform: Pipeline, seed: int, later: Sequence[tuple[int, Pipeline]] = ()):
+        self.source, self.transform, self.seed, self.later = source, transform, seed, later
 
     def read(self, epoch: int, index: int, repeat: int = 0) -> tuple[dict[str, Any], Label]:
         """(arrays, label) of sample `index` as it looks in this epoch, when the epoch has had it `repeat` times before:
         `image`, or its views, and `mask` if a transform made one. Raises BadImage.
         """
+        transform = next((other for begin, other in reversed(self.later) if epoch >= begin), self.transform)
         try:
             sample = self.source[index]
         except OSError as error:
             raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
-        sample = {**sample, "image": as_rgb(sample["image"], self.transform.scaled), "index": index, "epoch": epoch}
-        sample = self.transform(sample, generator(SAMPLE, self.seed, epoch, index, repeat))
+        sample = {**sample, "image": as_rgb(sample["image"], transform.scaled), "index": index, "epoch": epoch}
+        sample = transform(sample, generator(SAMPLE, self.seed, epoch, index, repeat))
         return {name: sample[name] for name in ARRAYS if name in sample}, canonical(sample.get("label", -1))
 
     def candidates(self, epoch: int, index: int) -> Iterator[int]:

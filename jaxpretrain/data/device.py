@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxpretrain.build import ConfigError, build, names, nearest
 from jaxpretrain.data.device_auto_augment import AutoAugment, RandAugment
@@ -150,6 +150,21 @@ def apply_all(transforms: Sequence[Transform], image: Image, key: Key) -> Image:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def check_order(channel_order: str) -> str:
+    """The order, if there is one of this name; else ConfigError."""
+    orders = ("rgb", "bgr", "grey")
+    if channel_order not in orders:
+        raise ConfigError(f"channel_order={channel_order!r} must be one of {orders}.{nearest(channel_order, orders)}")
+    return channel_order
+
+
+def in_order(images: Float[Array, "b h w 3"], channel_order: str) -> Float[Array, "b h w c"]:
+    """RGB images as networks want them that were trained on others: 'bgr', blue first, or 'grey', one channel; or 'rgb'."""
+    if channel_order == "grey":
+        return images.mean(axis=-1, keepdims=True)
+    return images[..., ::-1] if channel_order == "bgr" else images
+
+
 def sample_key(seed_key: Key, epoch: Int[Array, ""], index: Int[Array, ""], repeat: Int[Array, ""] | int = 0) -> Key:
     """The key of one sample in one epoch, from which everything random about it on the device derives; another one if
     the epoch has had the sample `repeat` times before.
@@ -167,6 +182,7 @@ class DevicePipeline:
             views, of one image. May be empty.
         mean, std: of R, G, B, in grey levels 0..255: the result is (image - mean) / std.
         second_mean, second_std: those of the second of two views, where they differ (target pictures of BEiT and CAE).
+        channel_order: of the result, see `in_order`.
 
     Raises:
         ConfigError: unknown transforms or arguments; when called, a number of views that is not the batch's.
@@ -179,6 +195,7 @@ class DevicePipeline:
         std: Sequence[float],
         second_mean: Sequence[float] | None = None,
         second_std: Sequence[float] | None = None,
+        channel_order: str = "rgb",
     ):
         self.transforms = build_all(pipeline)
         first = np.asarray(mean, np.float32), np.asarray(std, np.float32)
@@ -186,7 +203,7 @@ class DevicePipeline:
             own if other is None else np.asarray(other, np.float32)
             for own, other in zip(first, (second_mean, second_std), strict=True)
         )
-        self.mean_std = first, second
+        self.mean_std, self.channel_order = (first, second), check_order(channel_order)
 
     def __call__(self, batch: Mapping[str, Any], seed_key: Key | None = None) -> dict[str, Any]:
         """The batch with float32 images; everything else passes through.
@@ -217,7 +234,7 @@ class DevicePipeline:
                 view_keys = jax.vmap(random.fold_in, in_axes=(0, None))(keys, 0 if alike else v)
                 view = self._map(chain)(view, view_keys)
             mean, std = self.mean_std[v == 1]
-            done.append((view - mean) / std)
+            done.append(in_order((view - mean) / std, self.channel_order))
         return {**batch, "image": done[0] if single else tuple(done)}
 
     @staticmethod

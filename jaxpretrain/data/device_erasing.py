@@ -28,13 +28,7 @@ def erase(image: Image, box: Box, paint: Float[Array, "*#hw 3"]) -> Image:
 class RandomErasing:
     """Paints one rectangle of random area, aspect and place with a colour or with noise: the host's transform.
 
-    Args:
-        erase_prob: of painting anything.
-        min_area_ratio, max_area_ratio: range of the rectangle's part of the area.
-        aspect_range: of height / width; a number above 1 means it and its inverse.
-        mode: `const`, or `rand` for noise.
-        fill_color: grey level or RGB: the colour, or the mean of the noise.
-        fill_std: standard deviation of normal noise; None for uniform noise of all grey levels.
+    Args: as of `random_erasing.RandomErasing`.
     """
 
     def __init__(

@@ -28,6 +28,7 @@ from jaxpretrain.data import labels
 from jaxpretrain.data.chunks import CHUNK, SUBSTITUTES, Chunks, EvalPlan, Reader, Rows, TrainPlan, refuse_shapes
 from jaxpretrain.data.decode import BadImage
 from jaxpretrain.data.host_transforms import build_pipeline
+from jaxpretrain.data.phases import phase_at, phases_of
 from jaxpretrain.data.samplers import Order, build_sampler, permutation, size_of
 
 Batch = dict[str, Any]
@@ -73,12 +74,15 @@ class _Loader:
         self.batch_size, self.local_batch_size = batch_size, batch_size // process_count
         self.seed, self.process_index, self.process_count = int(seed), process_index, process_count
         self.max_bad = max_bad
-        self._reader = Reader(self.source, build_pipeline(split.get("pipeline") or ()), self.seed)
+        self.phases = phases_of(split)
+        first, *later = [build_pipeline(phase.pipeline) for phase in self.phases]
+        begins = [phase.begin for phase in self.phases]
+        self._reader = Reader(self.source, first, self.seed, list(zip(begins[1:], later, strict=True)))
         self._bad: dict[int, int] = {}  # index -> step at which it was first met
-        self.example = self._find_example()
+        self._examples = list(map(self._find_example, begins))
         in_memory = getattr(self.source, "in_memory", False)
         self._num_workers = 0 if in_memory else num_workers
-        if in_memory and _nbytes(self.example) < SMALL:
+        if in_memory and max(map(_nbytes, self._examples)) < SMALL:
             num_threads = min(1, num_threads)
         self._num_threads, self._prefetch = num_threads, max(1, prefetch)
         self._chunk = min(CHUNK, self.local_batch_size)
@@ -113,7 +117,7 @@ class _Loader:
         """Warns where /dev/shm is too small for the chunks on their way: the run would die of SIGBUS, without a word."""
         if not os.path.isdir("/dev/shm"):
             return
-        needed = chunks * self._chunk * _nbytes(self.example)
+        needed = chunks * self._chunk * max(map(_nbytes, self._examples))
         free = shutil.disk_usage("/dev/shm").free
         if needed > free:
             logger.warning(
@@ -127,14 +131,14 @@ class _Loader:
         """Stops threads and worker processes. Whatever needs them next starts them again."""
         _close_all(self._running)
 
-    def _assemble(self, chunks: Iterator[dict[str, Any]], step: int) -> Batch:
+    def _assemble(self, chunks: Iterator[dict[str, Any]], step: int, phase: int = 0) -> Batch:
         """The next batch; `chunks` stands at its first chunk. Rows without a sample: zero, label and index -1."""
         size = self.local_batch_size
         columns = {name: np.full(size, -1, np.int32) for name in ("index", "epoch", "repeat")}
         label = labels.column(self.label, size)
         valid = np.zeros(size, bool)
         zeros = lambda view: np.zeros((size, *view.shape), view.dtype)  # noqa: E731
-        arrays = {name: _map(zeros, one) for name, one in self.example.items()}
+        arrays = {name: _map(zeros, one) for name, one in self._examples[phase].items()}
         for _ in range(self._chunks_per_batch):
             chunk = next(chunks)
             rows: Rows = chunk["rows"]
@@ -153,14 +157,14 @@ class _Loader:
                 column[where] = getattr(rows, name)
         return {**arrays, "label": label, **columns, "valid": valid}
 
-    def _find_example(self) -> Any:
+    def _find_example(self, epoch: int) -> Any:
         """The arrays of one sample (and `label`, its label): the shapes of all, and a first test of the pipeline."""
         if not self.length:
             raise ConfigError(f"the data set {self.source!r} is empty")
         last = ""
         for candidate in self._reader.candidates(0, 0):
             try:
-                example, self.label = self._reader.read(0, candidate)
+                example, self.label = self._reader.read(epoch, candidate)
             except BadImage as reason:
                 last = f"{self._name(candidate)}: {reason}"
                 continue
@@ -215,8 +219,8 @@ class TrainLoader(_Loader):
     carries.
 
     Args:
-        split_cfg: dict(dataset=..., pipeline=[...], sampler=None or dict(type=...), see samplers.py); other keys are not
-            looked at.
+        split_cfg: dict(dataset=..., pipeline=[...], sampler=None or dict(type=...), later=[...]), see samplers.py and
+            phases.py; other keys are not looked at.
         batch_size: of all hosts together.
         seed: of order, transforms and replacements.
         process_index, process_count: this host and how many there are.
@@ -276,7 +280,8 @@ class TrainLoader(_Loader):
         if not self._running:
             self._start(self._chunks, self._step * self._chunks_per_batch, ENDLESS)
         try:
-            batch = self._assemble(self._running[0], self._step)
+            phase = phase_at(self.phases, self._step // self.steps_per_epoch)
+            batch = self._assemble(self._running[0], self._step, phase)
         except BaseException:
             self.close()  # half a batch is gone: the next call computes it again
             raise

@@ -26,6 +26,7 @@ from jaxpretrain.data.composition import MultiView
 from jaxpretrain.data.decode import BadImage
 from jaxpretrain.data.device import DevicePipeline
 from jaxpretrain.data.host_transforms import Pipeline, build_pipeline
+from jaxpretrain.data.phases import Phase, phase_at, phases_of
 from jaxpretrain.data.samplers import build_sampler, epoch_of, size_of
 
 Image = UInt8[np.ndarray, "h w 3"]
@@ -97,13 +98,13 @@ class Tracer:
         self.seed = int(config.seed) if self.train else 0  # evaluation draws the same in every run
         self.source = build(part["dataset"])
         self.order = build_sampler(part.get("sampler"), self.source, config.batch_size) if self.train else None
-        self.recorder = Recorder(build_pipeline(_without(part.get("pipeline") or [], skip)).steps)
-        self.reader = Reader(self.source, self.recorder, self.seed)
-        steps = part.get("device_pipeline") if self.train else None
-        self.device = _without(steps or [], skip)
+        self.phases = phases_of(part) if self.train else [Phase(0, part.get("pipeline") or (), ())]
+        self.recorders = [Recorder(build_pipeline(_without(phase.pipeline, skip)).steps) for phase in self.phases]
+        self.readers = [Reader(self.source, recorder, self.seed) for recorder in self.recorders]
+        self.device = [_without(phase.device_pipeline, skip) for phase in self.phases]
         self.mean_std = DevicePipeline([], **config.data_preprocessor).mean_std[0]
         self.augment = _batch_augment(_plain(config.method), skip) if self.train else None
-        self._stages: Any = None
+        self._stages: dict[int, Any] = {}
 
     def samples(self, count: int, epoch: int = 0) -> list[tuple[int, int]]:
         """(index, repeat) of the samples with which this epoch of training begins; of evaluation, evenly spread ones."""
@@ -119,29 +120,29 @@ class Tracer:
 
         A batch augmentation mixes the samples that are given here. In training their partners are the others of a batch.
         """
-        traces, images = [], []
+        traces, images, phase = [], [], phase_at(self.phases, epoch)
         for index, repeat in samples:
             try:
-                arrays, label = self.reader.read(epoch, index, repeat)
+                arrays, label = self.readers[phase].read(epoch, index, repeat)
             except BadImage:
                 continue
             name = self.source.name(index) if hasattr(self.source, "name") else str(index)
-            traces.append(Trace(index, repeat, epoch, name, label, self.recorder.stages, arrays.get("mask")))
+            traces.append(Trace(index, repeat, epoch, name, label, self.recorders[phase].stages, arrays.get("mask")))
             images.append(arrays["image"])
-        if traces and (self.device or self.augment):
-            self._run_device(traces, images)
+        if traces and (self.device[phase] or self.augment):
+            self._run_device(traces, images, phase)
         return traces
 
-    def _run_device(self, traces: list[Trace], images: list[Any]) -> None:
+    def _run_device(self, traces: list[Trace], images: list[Any], phase: int) -> None:
         """Adds the stages of the device and of the batch augmentation."""
         batch: dict[str, Any] = {
             name: jnp.array([getattr(trace, name) for trace in traces]) for name in ("epoch", "index", "repeat")
         }
         views = tuple(_stack(*view) for view in zip(*map(_views, images), strict=True))
         batch["image"] = views if isinstance(images[0], tuple) else views[0]
-        if self._stages is None:
-            self._stages = self._make_stages(batch)
-        run, chains = self._stages
+        if phase not in self._stages:
+            self._stages[phase] = self._make_stages(batch, self.device[phase])
+        run, chains = self._stages[phase]
         stages = run(batch)
         names = [list(map(title, chain)) for chain in chains]
         for i, trace in enumerate(traces):
@@ -155,12 +156,14 @@ class Tracer:
         if self.augment is not None:
             self._mix(self.augment, traces, stages[-1][0], random.fold_in(random.key(self.seed), traces[0].epoch))
 
-    def _make_stages(self, batch: Mapping[str, Any]) -> tuple[Callable[[Any], list[Any]], list[list[Any]]]:
+    def _make_stages(
+        self, batch: Mapping[str, Any], device: Sequence[Any]
+    ) -> tuple[Callable[[Any], list[Any]], list[list[Any]]]:
         """(function from a batch to its views after each number of transforms, the transforms of each view)."""
         key, count = random.key(self.seed), 1
         pipelines: list[_Beginning] = []
         while len(pipelines) < count:
-            pipelines.append(_Beginning(self.device, len(pipelines) + 1))
+            pipelines.append(_Beginning(device, len(pipelines) + 1))
             count = pipelines[-1].longest(batch)
         run = jax.jit(lambda batch: [_views(pipeline(batch, key)["image"]) for pipeline in pipelines])
         return run, pipelines[-1].chains

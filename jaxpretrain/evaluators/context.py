@@ -22,7 +22,7 @@ from jaxpretrain.data.pipeline import EvalLoader
 from jaxpretrain.data.prefetch import device_prefetch
 from jaxpretrain.evaluators.base import Batch, EvalContext, Evaluator
 from jaxpretrain.sharding import BATCH
-from jaxpretrain.train_state import State, eval_params, make_method
+from jaxpretrain.train_state import State, eval_params, eval_state, make_method
 
 
 def make_context(config: Any, mesh: Mesh, workdir: Path | None) -> EvalContext:
@@ -30,13 +30,13 @@ def make_context(config: Any, mesh: Mesh, workdir: Path | None) -> EvalContext:
     method = make_method(config)
     method.eval()
     graphdef = nnx.split(method, nnx.Param, ...)[0]
-    normalise = DevicePipeline([], config.data_preprocessor.mean, config.data_preprocessor.std)
+    normalise = DevicePipeline([], **config.data_preprocessor)
     dtype = jnp.dtype(config.dtype)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-(config.data.eval_batch_size or config.batch_size) // rows) * rows
 
     def merged(state: State) -> Any:
-        return nnx.merge(graphdef, eval_params(state), state["model_state"])
+        return nnx.merge(graphdef, eval_params(state), eval_state(state))
 
     def preprocess(batch: Batch) -> Batch:
         batch = normalise(batch, None)

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError, build
+from jaxpretrain.data.device import check_order, in_order
 from jaxpretrain.methods.base import Batch, Method, Metrics, last
 from jaxpretrain.models.layers import Linear
 
@@ -23,7 +24,7 @@ class Encoder(Method):
 
     Args:
         model: a method, a classifier or a backbone; weights are loaded into it (`config.load_from`).
-        channel_order: of the network's images, 'rgb' or 'bgr'; those given are RGB.
+        channel_order: of the network's images, see `in_order`; those given are RGB.
         init_cfg: initialisation, MMEngine's dictionaries.
     """
 
@@ -35,15 +36,14 @@ class Encoder(Method):
         *,
         rngs: nnx.Rngs,
     ):
-        if channel_order not in ("rgb", "bgr"):
-            raise ConfigError(f"Encoder: channel_order={channel_order!r} must be 'rgb' or 'bgr'")
+        check_order(channel_order)
         self.init_cfg, self.channel_order = init_cfg, channel_order
         built: Any = build(model, rngs=rngs)
         self.model: Any = getattr(built, "model", built)  # of `Supervised`, its classifier
 
     def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
         model = self.model
-        images = images[..., ::-1] if self.channel_order == "bgr" else images
+        images = in_order(images, self.channel_order)
         if isinstance(model, Method):
             return model.features(images)
         if getattr(model, "head", None) is not None:

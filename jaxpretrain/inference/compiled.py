@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from jaxpretrain.data.device import in_order
 from jaxpretrain.zoo.index import Preprocessing
 
 
@@ -70,8 +71,8 @@ class Compiled:
         return function(state, images)
 
 
-def normalize(images: UInt8[Array, "b h w 3"], preprocessing: Preprocessing) -> Float[Array, "b h w 3"]:
+def normalize(images: UInt8[Array, "b h w 3"], preprocessing: Preprocessing) -> Float[Array, "b h w c"]:
     """(image - mean) / std in float32, in the model's order of channels."""
     mean, std = np.asarray(preprocessing.mean, np.float32), np.asarray(preprocessing.std, np.float32)
     images = (images.astype(jnp.float32) - mean) / std
-    return images[..., ::-1] if preprocessing.channel_order == "bgr" else images
+    return in_order(images, preprocessing.channel_order)

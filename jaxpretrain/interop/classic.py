@@ -1,6 +1,6 @@
 """timm's and torchvision's names of the convolutional networks before EfficientNet, and of ResNet's relatives.
 
-timm's and the papers' releases of ResNeSt and Res2Net have the same names.
+timm's and the papers' releases of ResNeSt and Res2Net have the same names. RegNet's release is facebookresearch/pycls.
 """
 
 from __future__ import annotations
@@ -132,6 +132,22 @@ def regnet_of_timm(backbone: Any, model: Any) -> Table:
     return Table(rules, prefixes=_MODULE)
 
 
+def regnet_of_pycls(backbone: Any, model: Any) -> Table:
+    """The release of `RegNet`, facebookresearch/pycls."""
+    theirs, ours = "s{i}.b{j+1}", "backbone.layer{i}.{j}"
+    rules = [
+        Rule("stem.conv.weight", "backbone.conv1.weight"),
+        Rule("stem.bn.{bn}", "backbone.bn1.{bn}"),
+        Rule(f"{theirs}.proj.weight", f"{ours}.downsample.0.weight"),
+        Rule(f"{theirs}.bn.{{bn}}", f"{ours}.downsample.1.{{bn}}"),
+        *head_rules(model, "head.fc"),
+    ]
+    for k, letter in enumerate("abc", start=1):
+        rules.append(Rule(f"{theirs}.f.{letter}.weight", f"{ours}.conv{k}.weight"))
+        rules.append(Rule(f"{theirs}.f.{letter}_bn.{{bn}}", f"{ours}.bn{k}.{{bn}}"))
+    return Table(rules, prefixes=_MODULE)
+
+
 _RELATIVES = ("ResNeSt", "Res2Net", "RegNet")  # of ResNet, but no kinds of it: its tables are not for them
 TABLES: dict[str, dict[str, Any]] = {
     "timm": {
@@ -151,4 +167,5 @@ TABLES: dict[str, dict[str, Any]] = {
         "VGG": vgg,
     },
     "hf": dict.fromkeys(_RELATIVES, timm.nothing),
+    "pycls": {"RegNet": regnet_of_pycls},
 }

@@ -1,13 +1,14 @@
 """Names of ConvNeXt and its kin: timm's and torchvision's, and those of the papers' own releases.
 
     convnext    facebookresearch/ConvNeXt and ConvNeXt-V2
+    convmixer   locuslab/convmixer
     xcit        facebookresearch/xcit
     hornet      raoyongming/HorNet
     van         Visual-Attention-Network/VAN-Classification
 
 Names do not tell all settings. For the same numbers build the model with
 
-    convmixer_768_32 (timm)     act_cfg=dict(type='ReLU'), with which it was trained
+    convmixer_768_32            act_cfg=dict(type='ReLU'), with which it was trained
     mixer_* (timm)              norm_cfg=dict(type='LN', eps=1e-6)
     van's release               norm_cfg=dict(type='LN', eps=1e-6)
 """
@@ -112,6 +113,17 @@ def convmixer_timm(backbone: Any, model: Any) -> Table:
     return Table(rules, prefixes=_MODULE)
 
 
+def convmixer(backbone: Any, model: Any) -> Table:
+    """The release of `ConvMixer`: one list of all layers, the pooling and the classifier counted too."""
+    last = len(backbone.stages) + 5
+    rules = [
+        *head_rules(model, f"{last}"),
+        *(Rule(f"{i}.{{bn}}", f"backbone.stem.{i}.{{bn}}") for i in (0, 2)),
+        Rule("{i+3}.{rest}", "backbone.stages.{i}.{rest}"),
+    ]
+    return Table(rules, prefixes=_MODULE)
+
+
 def mixer_timm(backbone: Any, model: Any) -> Table:
     """`MlpMixer`."""
     theirs, ours = "blocks.{i}", "backbone.layers.{i}"
@@ -212,6 +224,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "timm": {"ConvNeXt": convnext_timm, "ConvMixer": convmixer_timm, "MlpMixer": mixer_timm, "XCiT": xcit_timm},
     "torchvision": {"ConvNeXt": convnext_torchvision},
     "convnext": {"ConvNeXt": convnext},
+    "convmixer": {"ConvMixer": convmixer},
     "xcit": {"XCiT": xcit},
     "hornet": {"HorNet": hornet},
     "van": {"VAN": van},

@@ -9,8 +9,12 @@ Names do not tell all settings. For the same numbers build the model with
 timm's classifiers with PoolFormer have the last norm behind the pooling, ours and the release's before it: features are
 the same, logits are not quite. timm's levit_conv_* have the weights of levit_* in another shape, which is not read.
 
-The releases are facebookresearch/LeViT (`levit`), microsoft/Cream (`tinyvit`), sail-sg/poolformer (`poolformer`) and
-snap-research/EfficientFormer (`efficientformer`). Fused forms of LeViT have no layout but MMPretrain's.
+The releases are tensorflow/tpu (`tpu`), facebookresearch/LeViT (`levit`), microsoft/Cream (`tinyvit`), sail-sg/poolformer
+(`poolformer`) and snap-research/EfficientFormer (`efficientformer`). Fused forms of LeViT have no layout but MMPretrain's.
+TensorFlow's checkpoints of EfficientNet are not read themselves, but their variables from an .npz file:
+
+    reader = tf.train.load_checkpoint(path)
+    np.savez(file, **{name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()})
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 from flax import nnx
 
 from jaxpretrain.interop.mmpretrain import head_rules
-from jaxpretrain.interop.rules import Rule, Table
+from jaxpretrain.interop.rules import Rule, Table, transpose
 from jaxpretrain.models.layers.conv import ConvModule
 from jaxpretrain.models.layers.inverted_residual import EdgeResidual
 
@@ -122,6 +126,52 @@ def efficientnet_torchvision(backbone: Any, model: Any) -> Table:
         *head_rules(model, "classifier.1"),
     ]
     return Table(rules, prefixes=_MODULE)
+
+
+_TF_CONV, _TF_DEPTHWISE = transpose(3, 2, 0, 1), transpose(2, 3, 0, 1)
+
+
+def _tpu_conv(theirs: str, norm: str, ours: str) -> list[Rule]:
+    """A convolution, named with its kernel, and its norm, which has no counter."""
+    kernel = _TF_DEPTHWISE if theirs.endswith("depthwise_kernel") else _TF_CONV
+    leaves = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+    norms = [Rule(f"{norm}/{leaf}", f"{ours}.bn.{name}") for leaf, name in leaves.items()]
+    return [Rule(theirs, f"{ours}.conv.weight", kernel), *norms]
+
+
+def _tpu_block(block: Any, theirs: str, ours: str) -> Iterator[Rule]:
+    """Layers of a kind are counted, but for the first, which has no number."""
+    convs = iter(("conv2d/kernel", "conv2d_1/kernel"))
+    for i, name in enumerate(_convolutions(block)):
+        conv = "depthwise_conv2d/depthwise_kernel" if name == "depthwise_conv" else next(convs)
+        norm = f"tpu_batch_normalization_{i}" if i else "tpu_batch_normalization"
+        yield from _tpu_conv(f"{theirs}/{conv}", f"{theirs}/{norm}", f"{ours}.{name}")
+    for k, layer in enumerate(("conv2d", "conv2d_1"), start=1):
+        yield Rule(f"{theirs}/se/{layer}/kernel", f"{ours}.se.conv{k}.conv.weight", _TF_CONV)
+        yield Rule(f"{theirs}/se/{layer}/bias", f"{ours}.se.conv{k}.conv.bias")
+
+
+_TPU_NAMES = (*(f"b{i}" for i in range(9)), "l2", *(f"edgetpu-{size}" for size in "SML"))
+
+
+def efficientnet_tpu(backbone: Any, model: Any) -> Table:
+    """`EfficientNet`, the variables of TensorFlow's checkpoints. Where there are averaged ones too, they are taken."""
+    blocks = [block for group in _groups(backbone) for block in group]
+    last = f"backbone.layers.{len(backbone.layers) - 1}"
+    rules = [
+        *_tpu_conv("stem/conv2d/kernel", "stem/tpu_batch_normalization", "backbone.layers.0"),
+        *(rule for i, (block, ours) in enumerate(blocks) for rule in _tpu_block(block, f"blocks_{i}", ours)),
+        *_tpu_conv("head/conv2d/kernel", "head/tpu_batch_normalization", last),
+        Rule("head/dense/kernel", "head.fc.weight", transpose(1, 0)),
+        Rule("head/dense/bias", "head.fc.bias"),
+    ]
+    averaged = [Rule(f"{rule.theirs}/ExponentialMovingAverage", rule.ours, rule.transform) for rule in rules]
+    return Table(
+        [*rules, *averaged],
+        ignore=(r"^global_step$", r"/(RMSProp|Momentum)(_\d)?$"),
+        prefixes=[f"efficientnet-{name}/" for name in _TPU_NAMES],
+        absent=(r"\.num_batches_tracked$",),
+    )
 
 
 # EfficientFormer.
@@ -330,6 +380,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "RIFormer": nothing,
     },
     "torchvision": {"EfficientNet": efficientnet_torchvision, "EfficientNetV2": efficientnet_torchvision},
+    "tpu": {"EfficientNet": efficientnet_tpu},
     "levit": {"LeViT": levit},
     "tinyvit": {"TinyViT": tinyvit},
     "poolformer": {"PoolFormer": poolformer, "RIFormer": nothing},

@@ -1,9 +1,10 @@
-"""PyTorch's weight files: .pth and .safetensors, read without running what they may hold, and written whole or not at all."""
+"""Weight files: .pth, .safetensors and .npz, read without running what they may hold, and written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def read(path: str | os.PathLike, key: str | None = None) -> State:
     """The tensors of a file, by name, as NumPy arrays that are views of the file where possible.
 
     Args:
-        path: a .safetensors file, or what `torch.save` or `torch.jit.save` wrote.
+        path: a .safetensors or .npz file, or what `torch.save` or `torch.jit.save` wrote.
         key: where the weights are inside a checkpoint, with dots: 'teacher', 'ema_state_dict'. By default the first of
             `KEYS` that is there. '*' takes all state dicts in it, their names before those of the tensors:
             'student.module.backbone.cls_token'.
@@ -59,19 +60,21 @@ def read(path: str | os.PathLike, key: str | None = None) -> State:
     start = _first_bytes(path)
     if path.suffix == ".safetensors" or _is_safetensors(start, path):
         return _read_safetensors(path)
+    if path.suffix == ".npz":
+        return _read_npz(path)
     if torchscript.is_archive(path):
         return torchscript.read(path)
     return _arrays(_weights(_read_torch(path), key, path), path)
 
 
 def write(path: str | os.PathLike, state: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None) -> None:
-    """Writes tensors to a .pth or .safetensors file, which appears only when it is complete.
+    """Writes tensors to a .pth, .safetensors or .npz file, which appears only when it is complete.
 
     A .pth file holds the state dict itself, or `dict(meta=..., state_dict=...)`, as MMPretrain has it, if there is `meta`.
     """
     path = Path(path)
-    if path.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
-        raise InteropError(f"{path}: give a file name that ends in .pth or .safetensors")
+    if path.suffix not in (".pth", ".pt", ".bin", ".safetensors", ".npz"):
+        raise InteropError(f"{path}: give a file name that ends in .pth, .safetensors or .npz")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -81,6 +84,9 @@ def write(path: str | os.PathLike, state: Mapping[str, np.ndarray], meta: Mappin
             save_file(
                 {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in state.items()}, temporary, {"format": "pt"}
             )
+        elif path.suffix == ".npz":
+            with open(temporary, "wb") as file:
+                np.savez(file, **dict[str, Any](state))
         else:
             torch = import_torch(path)
             tensors = {k: _to_tensor(v, torch) for k, v in state.items()}
@@ -136,6 +142,14 @@ def _read_safetensors(path: Path) -> State:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except SafetensorError as error:
         raise InteropError(f"{path} is damaged or cut short ({error}); get it again") from error
+
+
+def _read_npz(path: Path) -> State:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InteropError(f"{path} is damaged or cut short, or holds more than arrays ({error})") from error
 
 
 def _read_torch(path: Path) -> Any:

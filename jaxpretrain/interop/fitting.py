@@ -17,6 +17,7 @@ from jaxpretrain.build import nearest
 from jaxpretrain.interop import mmpretrain as hub
 from jaxpretrain.interop.rules import InteropError, Rule, State, Table, Translation, describe_leftovers, translate
 from jaxpretrain.models.layers.base import BaseModule
+from jaxpretrain.models.lora import LoRAModel
 
 logger = logging.getLogger("jaxpretrain")
 
@@ -34,6 +35,7 @@ _MODULES = (
     "mobile",
     "sparse",
     "transformers",
+    "google",
 )
 LAYOUTS = (
     "timm",
@@ -70,6 +72,20 @@ LAYOUTS = (
     "replknet",
     "repmlp",
     "spark",
+    "mvit",
+    "twins",
+    "davit",
+    "conformer",
+    "t2t",
+    "slowfast",
+    "edgenext",
+    "cvnets",
+    "hrnet",
+    "convmixer",
+    "pycls",
+    "glip",
+    "vit_jax",
+    "tpu",
 )
 
 
@@ -112,12 +128,18 @@ def tables(layout: str, model: nnx.Module) -> Table | None:
     """The table of a layout for a model; None if the layout knows no such model."""
     if layout == "mmpretrain":
         return replace(_MMPRETRAIN, absent=[f"^{re.escape(name)}$" for name in hub.local(model)])
-    backbone = getattr(model, "backbone", model)
+    model = _inside(model)
+    backbone = _inside(getattr(model, "backbone", model))
     known = _known(layout)
     for kind in (*type(model).__mro__, *type(backbone).__mro__):
         if kind.__name__ in known:
             return known[kind.__name__](backbone, model)
     return None
+
+
+def _inside(module: Any) -> Any:
+    """The network that a `LoRAModel` is around; others as they are."""
+    return module.module if isinstance(module, LoRAModel) else module
 
 
 @dataclass
@@ -233,6 +255,7 @@ def _fit(
     if layout == "mmpretrain" and not any(name.startswith("backbone.") for name in state):
         state = with_root(state, model)
     result = translate(state, table)
+    _into_lora(model, result)
     _merge_aliases(model, result)
     _share_out(result.state, shapes)
     if part is not None:
@@ -257,6 +280,21 @@ def _fit(
     fit = Fit(layout, kept, shapes, derived, unused, result.ignored, result.incomplete, reinit)
     _adapt(model, fit)
     return fit
+
+
+def _into_lora(model: nnx.Module, result: Translation) -> None:
+    """Names of a network become those within the `LoRAModel` around it, which has the network as `module`."""
+    for outer, inner in adapted(model):
+        for name in [n for n in result.state if n.startswith(outer) and not n.startswith(inner)]:
+            new = inner + name.removeprefix(outer)
+            result.state[new], result.origins[new] = result.state.pop(name), result.origins.pop(name)
+
+
+def adapted(model: nnx.Module) -> list[tuple[str, str]]:
+    """How the names of each network that LoRA adapts begin: (without LoRA, in `model`); `backbone.` is before all."""
+    root = "" if hasattr(model, "backbone") else "backbone."
+    found = [root + prefix for prefix, module in hub.modules(model) if isinstance(module, LoRAModel)]
+    return [(prefix, f"{prefix}module.") for prefix in found]
 
 
 def _merge_aliases(model: nnx.Module, result: Translation) -> None:

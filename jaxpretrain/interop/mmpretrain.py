@@ -37,7 +37,7 @@ def _rename(module: Any, part: Any) -> Any:
 def derived(model: nnx.Module) -> dict[str, np.ndarray]:
     """The arrays in MMPretrain's state dict that follow from the arguments (see `BaseModule.derived`), by name."""
     found: dict[str, np.ndarray] = {}
-    for prefix, module in _modules(model):
+    for prefix, module in modules(model):
         found |= {prefix + name: array for name, array in module.derived().items()}
     return found
 
@@ -47,7 +47,7 @@ def aliases(model: nnx.Module) -> dict[str, str]:
     known = names(model)
     return {
         prefix + other + name.removeprefix(prefix + part): name
-        for prefix, module in _modules(model)
+        for prefix, module in modules(model)
         for other, part in module.aliases.items()
         for name in known
         if name.startswith(f"{prefix}{part}.")
@@ -57,17 +57,15 @@ def aliases(model: nnx.Module) -> dict[str, str]:
 def local(model: nnx.Module) -> list[str]:
     """The names of state that MMPretrain's state dict has not (see `BaseModule.local_state`)."""
     known = names(model)
-    return [
-        prefix + name for prefix, module in _modules(model) for name in module.local_state if prefix + name in known
-    ]
+    return [prefix + name for prefix, module in modules(model) for name in module.local_state if prefix + name in known]
 
 
-def _modules(model: nnx.Module) -> Iterator[tuple[str, BaseModule]]:
-    """(beginning of the names of its arrays, module)."""
-    modules = dict(nnx.iter_modules(model))
-    for path, module in modules.items():
+def modules(model: nnx.Module) -> Iterator[tuple[str, BaseModule]]:
+    """(beginning of the names of its arrays, module), of every `BaseModule`."""
+    found = dict(nnx.iter_modules(model))
+    for path, module in found.items():
         if isinstance(module, BaseModule):
-            yield "".join(f"{_rename(modules.get(path[:i]), part)}." for i, part in enumerate(path)), module
+            yield "".join(f"{_rename(found.get(path[:i]), part)}." for i, part in enumerate(path)), module
 
 
 def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,8 @@
-"""MobileNetV2, V3, ShuffleNetV2, MobileViT, EdgeNeXt, HRNet and CSPNet: timm's names and torchvision's.
+"""MobileNetV2, V3, ShuffleNetV2, MobileViT, EdgeNeXt, HRNet and CSPNet: timm's names, torchvision's and of releases.
+
+    cvnets      https://github.com/apple/ml-cvnets: MobileViT
+    edgenext    https://github.com/mmaaz60/EdgeNeXt
+    hrnet       https://github.com/HRNet/HRNet-Image-Classification, whose names timm has kept
 
 Names do not tell all settings. For the same numbers build the model with
 
@@ -14,7 +18,7 @@ written. The deep stem of CSPNets is another network there, and is not read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,65 +151,116 @@ def torchvision_shufflenet_v2(backbone: Any, model: Any) -> Table:
     return Table([*rules, *head_rules(model, "fc")], prefixes=_MODULE)
 
 
+def _mobilevit(
+    backbone: Any, conv: Callable[[str, str], list[Rule]], place: str, parts: dict[str, str], layer: dict[str, str]
+) -> list[Rule]:
+    """The blocks of both kinds.
+
+    Args:
+        conv: (their name of a convolution and its norm, ours) -> rules.
+        place: their name of a block, of its stage {i} and its number {j} there.
+        parts: our names of what is in a block -> theirs.
+        layer: their names of what is in a layer of its transformer -> ours.
+    """
+    rules = []
+    for i, stage in enumerate(backbone.layers):
+        for j, block in enumerate(stage):
+            theirs, ours = place.format(i=i, j=j, next=i + 1), f"backbone.layers.{i}.{j}"
+            for name in ("expand_conv", "depthwise_conv", "linear_conv"):
+                if getattr(block, name, None) is not None:
+                    rules += conv(f"{theirs}.{parts[name]}", f"{ours}.{block.state_names[name]}")
+            if not hasattr(block, "global_rep"):
+                continue
+            norm, inside = f"global_rep.{len(block.global_rep) - 1}", f"{theirs}.{parts['layers']}.{{k}}"
+            for name in ("local_rep.0", "local_rep.1", "conv_proj", "conv_fusion"):
+                rules += conv(f"{theirs}.{parts[name]}", f"{ours}.{name}")
+            rules.append(Rule(f"{theirs}.{parts.get('norm', norm)}.{{p}}", f"{ours}.{norm}.{{p}}"))
+            rules += [
+                Rule(f"{inside}.{one}.{{p}}", f"{ours}.global_rep.{{k}}.{two}.{{p}}") for one, two in layer.items()
+            ]
+    return rules
+
+
 def timm_mobilevit(backbone: Any, model: Any) -> Table:
     """`MobileViT`."""
-    rules = [*_module("stem", "backbone.stem"), *_module("final_conv", "backbone.conv_1x1_exp")]
-    for i, layer in enumerate(backbone.layers):
-        for j, block in enumerate(layer):
-            theirs, ours = f"stages.{i}.{j}", f"backbone.layers.{i}.{j}"
-            if not hasattr(block, "global_rep"):
-                names = ("expand_conv", "depthwise_conv", "linear_conv")
-                for name, conv in zip(names, ("conv1_1x1", "conv2_kxk", "conv3_1x1"), strict=True):
-                    if getattr(block, name) is not None:
-                        rules += _module(f"{theirs}.{conv}", f"{ours}.{block.state_names[name]}")
-                continue
-            layers, norm = f"{ours}.global_rep.{{k}}", len(block.global_rep) - 1
-            inside = f"{theirs}.transformer.{{k}}"
-            rules += [
-                *_module(f"{theirs}.conv_kxk", f"{ours}.local_rep.0"),
-                Rule(f"{theirs}.conv_1x1.weight", f"{ours}.local_rep.1.conv.weight"),
-                Rule(f"{inside}.norm1.{{p}}", f"{layers}.ln1.{{p}}"),
-                Rule(f"{inside}.norm2.{{p}}", f"{layers}.ln2.{{p}}"),
-                Rule(f"{inside}.attn.qkv.{{p}}", f"{layers}.attn.qkv.{{p}}"),
-                Rule(f"{inside}.attn.proj.{{p}}", f"{layers}.attn.proj.{{p}}"),
-                Rule(f"{inside}.mlp.fc1.{{p}}", f"{layers}.ffn.layers.0.0.{{p}}"),
-                Rule(f"{inside}.mlp.fc2.{{p}}", f"{layers}.ffn.layers.1.{{p}}"),
-                Rule(f"{theirs}.norm.{{p}}", f"{ours}.global_rep.{norm}.{{p}}"),
-                *_module(f"{theirs}.conv_proj", f"{ours}.conv_proj"),
-                *_module(f"{theirs}.conv_fusion", f"{ours}.conv_fusion"),
-            ]
+    parts = {"expand_conv": "conv1_1x1", "depthwise_conv": "conv2_kxk", "linear_conv": "conv3_1x1"}
+    parts |= {"local_rep.0": "conv_kxk", "local_rep.1": "conv_1x1", "layers": "transformer", "norm": "norm"}
+    parts |= {"conv_proj": "conv_proj", "conv_fusion": "conv_fusion"}
+    layer = {"norm1": "ln1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "norm2": "ln2"}
+    layer |= {"mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
+
+    def conv(theirs: str, ours: str) -> list[Rule]:
+        bare = [Rule(f"{theirs}.weight", f"{ours}.conv.weight")]
+        return bare if ours.endswith("local_rep.1") else _module(theirs, ours)
+
+    rules = [
+        *_module("stem", "backbone.stem"),
+        *_module("final_conv", "backbone.conv_1x1_exp"),
+        *_mobilevit(backbone, conv, "stages.{i}.{j}", parts, layer),
+    ]
     return Table([*rules, *head_rules(model, "head.fc")], prefixes=_MODULE)
+
+
+def cvnets_mobilevit(backbone: Any, model: Any) -> Table:
+    """The release of `MobileViT`, which counts stages from 1."""
+    parts = {"expand_conv": "block.exp_1x1", "depthwise_conv": "block.conv_3x3", "linear_conv": "block.red_1x1"}
+    parts |= {"local_rep.0": "local_rep.conv_3x3", "local_rep.1": "local_rep.conv_1x1", "layers": "global_rep"}
+    parts |= {"conv_proj": "conv_proj", "conv_fusion": "fusion"}
+    layer = {"pre_norm_mha.0": "ln1", "pre_norm_mha.1.qkv_proj": "attn.qkv", "pre_norm_mha.1.out_proj": "attn.proj"}
+    layer |= {"pre_norm_ffn.0": "ln2", "pre_norm_ffn.1": "ffn.layers.0.0", "pre_norm_ffn.4": "ffn.layers.1"}
+
+    def conv(theirs: str, ours: str) -> list[Rule]:
+        return _conv(f"{theirs}.block.conv", f"{theirs}.block.norm", ours)
+
+    rules = [
+        *conv("conv_1", "backbone.stem"),
+        *conv("conv_1x1_exp", "backbone.conv_1x1_exp"),
+        *_mobilevit(backbone, conv, "layer_{next}.{j}", parts, layer),
+    ]
+    return Table([*rules, *head_rules(model, "classifier.fc")], prefixes=_MODULE)
+
+
+_EDGENEXT = {
+    "norm.{p}": "norm.{p}",
+    "gamma": "gamma",
+    "convs.{k}.{p}": "conv_modules.{k}.{p}",
+    "pos_embd.token_projection.{p}": "pos_embed.proj.{p}",
+    "norm_xca.{p}": "norm_csa.{p}",
+    "gamma_xca": "gamma_csa",
+    "xca.temperature": "csa.scale",
+    "xca.qkv.{p}": "csa.qkv.{p}",
+    "xca.proj.{p}": "csa.proj.{p}",
+}
+
+
+def _edgenext(backbone: Any, theirs: str, depthwise: str, pointwise: str, norm: str) -> list[Rule]:
+    """All but downsampling and head. The names are theirs: of a block and its convolutions, and the last norm."""
+    ours = "backbone.stages.{i}.{j}"
+    names = {f"{depthwise}.{{p}}": "depthwise_conv.{p}", f"{pointwise}{{k}}.{{p}}": "pointwise_conv{k}.{p}"} | _EDGENEXT
+    return [
+        Rule("pos_embd.token_projection.{p}", "backbone.pos_embed.proj.{p}"),
+        *(Rule(f"{theirs}.{other}", f"{ours}.{name}") for other, name in names.items()),
+        Rule(f"{norm}.{{p}}", f"backbone.norm{backbone.out_indices[-1]}.{{p}}"),
+    ]
 
 
 def timm_edgenext(backbone: Any, model: Any) -> Table:
     """`EdgeNeXt`."""
-    theirs, ours = "stages.{i}.blocks.{j}", "backbone.stages.{i}.{j}"
-    same = ("norm.{p}", "gamma")
-    renamed = {
-        "conv_dw.{p}": "depthwise_conv.{p}",
-        "mlp.fc1.{p}": "pointwise_conv1.{p}",
-        "mlp.fc2.{p}": "pointwise_conv2.{p}",
-        "convs.{k}.{p}": "conv_modules.{k}.{p}",
-        "pos_embd.token_projection.{p}": "pos_embed.proj.{p}",
-        "norm_xca.{p}": "norm_csa.{p}",
-        "gamma_xca": "gamma_csa",
-        "xca.temperature": "csa.scale",
-        "xca.qkv.{p}": "csa.qkv.{p}",
-        "xca.proj.{p}": "csa.proj.{p}",
-    }
     rules = [
         Rule("stem.{k}.{p}", "backbone.downsample_layers.0.{k}.{p}"),
-        Rule("pos_embd.token_projection.{p}", "backbone.pos_embed.proj.{p}"),
-        *(
-            Rule(f"stages.{i}.downsample.{{k}}.{{p}}", f"backbone.downsample_layers.{i}.{{k}}.{{p}}")
-            for i in range(1, len(backbone.stages))
-        ),
-        *(Rule(f"{theirs}.{name}", f"{ours}.{name}") for name in same),
-        *(Rule(f"{theirs}.{other}", f"{ours}.{name}") for other, name in renamed.items()),
-        Rule("head.norm.{p}", f"backbone.norm{backbone.out_indices[-1]}.{{p}}"),
-        *head_rules(model, "head.fc"),
+        Rule("stages.{i}.downsample.{k}.{p}", "backbone.downsample_layers.{i}.{k}.{p}"),
+        *_edgenext(backbone, "stages.{i}.blocks.{j}", "conv_dw", "mlp.fc", "head.norm"),
     ]
-    return Table(rules, prefixes=_MODULE)
+    return Table([*rules, *head_rules(model, "head.fc")], prefixes=_MODULE)
+
+
+def edgenext(backbone: Any, model: Any) -> Table:
+    """The release of `EdgeNeXt`."""
+    rules = [
+        Rule("downsample_layers.{i}.{k}.{p}", "backbone.downsample_layers.{i}.{k}.{p}"),
+        *_edgenext(backbone, "stages.{i}.{j}", "dwconv", "pwconv", "norm"),
+    ]
+    return Table([*rules, *head_rules(model, "head")], prefixes=_MODULE)
 
 
 # A bias before a norm does what a lower running mean does.
@@ -266,4 +321,7 @@ TABLES = {
         "MobileNetV3": torchvision_mobilenet_v3,
         "ShuffleNetV2": torchvision_shufflenet_v2,
     },
+    "cvnets": {"MobileViT": cvnets_mobilevit},
+    "edgenext": {"EdgeNeXt": edgenext},
+    "hrnet": {"HRNet": timm_hrnet},
 }

@@ -23,6 +23,7 @@ there. Without it only the teacher is read, and both networks start from it. I-J
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -465,6 +466,14 @@ def swin(backbone: Any, model: Any) -> Table:
     return Table(rules, ignore=[r"\.attn_mask$"])
 
 
+def glip(backbone: Any, model: Any) -> Table:
+    """The Swin transformer in GLIP's detector, whose other parts are left out; returned stages have norms of their own."""
+    table = swin(backbone, model)
+    rules = [Rule("norm{i}.{p}", "backbone.norm{i}.{p}"), *table.rules]
+    others = [r"^backbone\.", r"^(rpn|roi_heads|language_backbone|tunable_linear)\."]
+    return replace(table, rules=rules, ignore=[*table.ignore, *others], prefixes=("module.", "backbone.body."))
+
+
 def nothing(backbone: Any, model: Any) -> None:
     """Classes that are kinds of those of a release, and no part of it."""
 
@@ -489,4 +498,5 @@ TABLES: dict[str, dict[str, Any]] = {
     "ijepa": _OTHER_VITS | {"VisionTransformer": ijepa_encoder, "IJEPA": ijepa},
     "sam": {"ViTSAM": sam},
     "swin": {"SwinTransformer": swin},
+    "glip": {"SwinTransformer": glip},
 }

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from flax import nnx
 from jaxpretrain.build import ConfigError
 from jaxpretrain.interop import files
 from jaxpretrain.interop import mmpretrain as hub
-from jaxpretrain.interop.fitting import Report, for_export, recognise, table_of, with_root
+from jaxpretrain.interop.fitting import Report, adapted, for_export, recognise, table_of, with_root
 from jaxpretrain.interop.rules import InteropError, State, translate
+from jaxpretrain.models.lora import UPDATES, LoRAModel, first_update, merge_lora
 
 logger = logging.getLogger("jaxpretrain")
 
@@ -48,7 +49,8 @@ def read_weights(
         key: where the weights are inside a .pth file (see `files.read`); of a trainer's directory a step, or 'best'.
         part: load this part of the model alone: 'backbone' takes a pre-trained encoder out of anything around it.
         drop: regular expressions of names in `src` to leave out.
-        fresh: regular expressions of MMPretrain's names in the model that `src` need not have: they stay as they are.
+        fresh: regular expressions of MMPretrain's names in the model that `src` need not have: they stay as they are. Of
+            networks that LoRA adapts, the names without it.
         reinit_head: if the head of `src` is not like the model's, leave it out and initialise the model's anew.
         seed: of that.
 
@@ -65,10 +67,11 @@ def read_weights(
         state = {k: np.asarray(v) for k, v in state.items()}
     state = {name: v for name, v in state.items() if not any(re.search(pattern, name) for pattern in drop)}
     fit = recognise(core, state, "mmpretrain" if layout == OURS else layout, part, reinit_head)
+    plain = _without_lora(core, fit.shapes)
     fit.shapes = {
         name: shape
         for name, shape in fit.shapes.items()
-        if name in fit.state or not any(re.search(pattern, name) for pattern in fresh)
+        if name in fit.state or not any(re.search(pattern, plain[name]) for pattern in fresh)
     }
     fit.check(source)
     paths = with_root(hub.names(core), core)
@@ -89,13 +92,23 @@ def load_weights(model: Any, src: str | os.PathLike | Mapping[str, Any], **optio
         InteropError: as `read_weights`; or `part` leaves other parts of an abstract model without weights.
     """
     report = read_weights(model, src, **options)
-    state = nnx.state(model).flat_state()
-    empty = [p for p, v in state if isinstance(v.get_value(), jax.ShapeDtypeStruct) and p not in report.arrays]
-    if empty:
-        names = ", ".join(".".join(map(str, path)) for path in empty[:5])
-        raise InteropError(f"{report.source} leaves {len(empty)} arrays of an abstract model empty: {names} ...")
-    hub.fill(model, report.arrays)
+    fill(model, report, options.get("seed", 0))
     return report
+
+
+def fill(model: nnx.Module, report: Report, seed: int = 0) -> None:
+    """Writes the weights of `report`, read for such a model, into it. Updates of LoRA that are abstract start anew.
+
+    Raises:
+        InteropError: other parts of an abstract model stay without weights.
+    """
+    empty = {path: variable.shape for path, variable in _empty(model) if path not in report.arrays}
+    updates = _new_updates(empty, seed)
+    if names := [".".join(map(str, path)) for path in empty if path not in updates]:
+        raise InteropError(
+            f"{report.source} leaves {len(names)} arrays of an abstract model empty: {', '.join(names[:5])} ..."
+        )
+    hub.fill(model, report.arrays | updates)
 
 
 def starting_weights(method: nnx.Module, load_from: Any = None) -> dict[hub.Path, np.ndarray]:
@@ -161,7 +174,10 @@ def export(model: nnx.Module, layout: str = "mmpretrain") -> State:
     result = translate(full, table, inverse=True)
     if unused := [name for name in result.unused if name not in derived and not table.lacks(name)]:
         lines = "\n  ".join(f"{name} {tuple(full[name].shape)}" for name in unused)
-        raise InteropError(f"The layout {layout!r} has no place for\n  {lines}")
+        hint = (
+            "\nUpdates of LoRA are written after merge_lora(model)" if any(".lora_" in name for name in unused) else ""
+        )
+        raise InteropError(f"The layout {layout!r} has no place for\n  {lines}{hint}")
     return result.state
 
 
@@ -193,6 +209,8 @@ def save_weights(
         raise InteropError(f"{dst} exists already; give a new directory, or remove it")
     arrays = {} if report is None else report.arrays
     groups: dict[str, dict] = {"params": {}, "model_state": {}}
+    if report is not None:
+        arrays |= _new_updates({path: v.shape for path, v in _empty(model) if path not in arrays}, seed=0)
     variables = nnx.state(model).flat_state()
     total = sum(math.prod(variable.shape) * variable.dtype.itemsize for _, variable in variables)
     with tqdm(total=total, unit="B", unit_scale=True, desc=dst.name, disable=not progress) as bar:
@@ -216,6 +234,29 @@ def _new_head(head: Any, seed: int) -> dict[hub.Path, np.ndarray]:
     return {path: np.asarray(v.get_value()) for path, v in nnx.state(head).flat_state()}
 
 
+def _without_lora(core: nnx.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name -> what the array would be called without `LoRAModel`s around parts of the model."""
+    plain = {name: name for name in names}
+    for outer, inner in adapted(core):
+        plain = {name: re.sub(f"^{re.escape(inner)}", outer, other) for name, other in plain.items()}
+    return plain
+
+
+def _empty(model: nnx.Module) -> list[tuple[hub.Path, Any]]:
+    """(path, variable) of all that has a shape and no value."""
+    return [(p, v) for p, v in nnx.state(model).flat_state() if isinstance(v.get_value(), jax.ShapeDtypeStruct)]
+
+
+def _new_updates(shapes: Mapping[hub.Path, tuple[int, ...]], seed: int) -> dict[hub.Path, np.ndarray]:
+    """What LoRA's updates start from, those among `shapes`."""
+    rngs = nnx.Rngs(seed)
+    return {
+        path: np.asarray(first_update(path[-2], shape, rngs))
+        for path, shape in shapes.items()
+        if len(path) > 1 and path[-2] in UPDATES
+    }
+
+
 def _core(model: Any) -> Any:
     """The model itself, of the method `Supervised` too."""
     return getattr(model, "model", model)
@@ -225,10 +266,16 @@ def _read_directory(core: nnx.Module, path: Path, which: str | None) -> State:
     """The weights of a checkpoint directory, by MMPretrain's names where the model has them, in PyTorch's axes."""
     from jaxpretrain.checkpoint import load_params
     from jaxpretrain.checkpoint_format import flatten, strings
+    from jaxpretrain.train_state import eval_params, eval_state
 
     state = load_params(path, which or "latest").state
-    flat = flatten(state["ema"] or state["params"]) | flatten(state["model_state"])
+    flat = flatten(eval_params(state)) | flatten(eval_state(state))
     names = {strings(path): name for name, path in hub.names(core).items()}
+    if any(
+        isinstance(module, LoRAModel) for _, module in nnx.iter_modules(core)
+    ):  # around a network that was trained before
+        plain = merge_lora(nnx.merge(*nnx.split(core)))
+        names = {strings(path): name for name, path in hub.names(plain).items()} | names
     found = {}
     for keys, array in flat.items():
         keys = keys[1:] if keys[0] == "model" else keys  # of the method `Supervised`

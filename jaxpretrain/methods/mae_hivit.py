@@ -22,7 +22,7 @@ from jaxpretrain.models.layers.position import build_2d_sincos_position_embeddin
 class MAEHiViT(HiViT):
     """The HiViT that encodes visible patches only; positions are a fixed sin-cos table.
 
-    MMPretrain 1.2 resamples the table when patches are hidden, by the scheme meant for images of other sizes; ours stays as it is.
+    When patches are hidden, MMPretrain 1.2 resamples the table by its scheme for images of other sizes; ours stays as it is.
 
     Args:
         arch, norm_cfg: as of `HiViT`.

@@ -19,7 +19,7 @@ from jaxpretrain.models.layers.base import BaseModule, freeze_stage
 from jaxpretrain.models.layers.conv import ConvModule
 from jaxpretrain.models.layers.inverted_residual import EdgeResidual, InvertedResidual
 from jaxpretrain.models.layers.se import make_divisible
-from jaxpretrain.models.layers.stack import apply_block
+from jaxpretrain.models.layers.stack import apply_stages
 
 _SAME = {"type": "Conv2dAdaptivePadding"}
 _BN = {"type": "BN", "eps": 1e-3}
@@ -187,7 +187,7 @@ class EfficientNet(BaseModule):
         self, x: Float[Array, "b h w 3"], *, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "b h2 w2 c"], ...]:
         """The outputs of the layers in `out_indices`, in order. `rngs` is for drop path in training."""
-        return apply_convolutional(self, x, rngs)
+        return apply_stages(self.layers, x, self.out_indices, rngs=rngs, remat=self.remat)
 
 
 def _stages(groups: Sequence[Group], depth: float) -> list[list[Group]]:
@@ -216,17 +216,3 @@ def check_stages(model: Any, frozen_stages: int) -> None:
         raise ConfigError(f"{name}: out_indices {model.out_indices} must be in 0 ... {count - 1}")
     if not 0 <= frozen_stages <= count:
         raise ConfigError(f"{name}: frozen_stages is 0 (none) to {count}, not {frozen_stages}")
-
-
-def apply_convolutional(model: Any, x: Array, rngs: nnx.Rngs | None) -> tuple[Array, ...]:
-    """The outputs of `model.layers` that `out_indices` wants; a layer is a convolution, or a list of blocks."""
-    outs = []
-    for i, layer in enumerate(model.layers):
-        if isinstance(layer, nnx.List):
-            for block in layer:
-                x = apply_block(block, x, rngs=rngs, remat=model.remat)
-        else:
-            x = layer(x)
-        if i in model.out_indices:
-            outs.append(x)
-    return tuple(outs)

@@ -13,11 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError, nearest
-from jaxpretrain.models.efficientnet import apply_convolutional, check_stages, squeeze
+from jaxpretrain.models.efficientnet import check_stages, squeeze
 from jaxpretrain.models.layers.base import BaseModule, freeze_stage
 from jaxpretrain.models.layers.conv import ConvModule
 from jaxpretrain.models.layers.drop import drop_path
 from jaxpretrain.models.layers.inverted_residual import EdgeResidual, InvertedResidual
+from jaxpretrain.models.layers.stack import apply_stages
 
 _SAME = {"type": "Conv2dAdaptivePadding"}
 _BN = {"type": "BN", "eps": 1e-3, "momentum": 0.1}
@@ -67,60 +68,20 @@ class Stage(NamedTuple):
     channels: int
 
 
-def _arch(stem: int, last: int, *stages: tuple[str, int, int, int, int]) -> dict[str, Any]:
-    return {"stem_channels": stem, "stages": [Stage(*stage) for stage in stages], "out_channels": last}
+# Of all sizes, in order; the small ones have no last stage.
+_STAGES = [("conv", 1, 1), ("fused", 2, 4), ("fused", 2, 4), ("mb", 2, 4), ("mb", 1, 6), ("mb", 2, 6), ("mb", 1, 6)]
 
 
-def _base(stem: int, last: int, repeats: Sequence[int], channels: Sequence[int]) -> dict[str, Any]:
-    """b0 to b3: the shape of EfficientNet-B0, scaled."""
-    kinds = [("conv", 1, 1), ("fused", 2, 4), ("fused", 2, 4), ("mb", 2, 4), ("mb", 1, 6), ("mb", 2, 6)]
-    stages = zip(kinds, repeats, channels, strict=True)
-    return _arch(stem, last, *((kind, n, stride, grow, width) for (kind, stride, grow), n, width in stages))
+def _arch(stem: int, last: int, repeats: Sequence[int], channels: Sequence[int]) -> dict[str, Any]:
+    stages = [
+        Stage(kind, n, *shape, width) for (kind, *shape), n, width in zip(_STAGES, repeats, channels, strict=False)
+    ]
+    return {"stem_channels": stem, "stages": stages, "out_channels": last}
 
 
-_SMALL = _arch(
-    24,
-    1280,
-    ("conv", 2, 1, 1, 24),
-    ("fused", 4, 2, 4, 48),
-    ("fused", 4, 2, 4, 64),
-    ("mb", 6, 2, 4, 128),
-    ("mb", 9, 1, 6, 160),
-    ("mb", 15, 2, 6, 256),
-)
-_MEDIUM = _arch(
-    24,
-    1280,
-    ("conv", 3, 1, 1, 24),
-    ("fused", 5, 2, 4, 48),
-    ("fused", 5, 2, 4, 80),
-    ("mb", 7, 2, 4, 160),
-    ("mb", 14, 1, 6, 176),
-    ("mb", 18, 2, 6, 304),
-    ("mb", 5, 1, 6, 512),
-)
-_LARGE = _arch(
-    32,
-    1280,
-    ("conv", 4, 1, 1, 32),
-    ("fused", 7, 2, 4, 64),
-    ("fused", 7, 2, 4, 96),
-    ("mb", 10, 2, 4, 192),
-    ("mb", 19, 1, 6, 224),
-    ("mb", 25, 2, 6, 384),
-    ("mb", 7, 1, 6, 640),
-)
-_EXTRA_LARGE = _arch(
-    32,
-    1280,
-    ("conv", 4, 1, 1, 32),
-    ("fused", 8, 2, 4, 64),
-    ("fused", 8, 2, 4, 96),
-    ("mb", 16, 2, 4, 192),
-    ("mb", 24, 1, 6, 256),
-    ("mb", 32, 2, 6, 512),
-    ("mb", 8, 1, 6, 640),
-)
+_SMALL = _arch(24, 1280, (2, 4, 4, 6, 9, 15), (24, 48, 64, 128, 160, 256))
+_MEDIUM = _arch(24, 1280, (3, 5, 5, 7, 14, 18, 5), (24, 48, 80, 160, 176, 304, 512))
+_LARGE = _arch(32, 1280, (4, 7, 7, 10, 19, 25, 7), (32, 64, 96, 192, 224, 384, 640))
 
 
 class EfficientNetV2(BaseModule):
@@ -148,11 +109,11 @@ class EfficientNetV2(BaseModule):
         **dict.fromkeys(("s", "small"), _SMALL),
         **dict.fromkeys(("m", "medium"), _MEDIUM),
         **dict.fromkeys(("l", "large"), _LARGE),
-        "xl": _EXTRA_LARGE,
-        "b0": _base(32, 1280, (1, 2, 2, 3, 5, 8), (16, 32, 48, 96, 112, 192)),
-        "b1": _base(32, 1280, (2, 3, 3, 4, 6, 9), (16, 32, 48, 96, 112, 192)),
-        "b2": _base(32, 1408, (2, 3, 3, 4, 6, 10), (16, 32, 56, 104, 120, 208)),
-        "b3": _base(40, 1536, (2, 3, 3, 5, 7, 12), (16, 40, 56, 112, 136, 232)),
+        "xl": _arch(32, 1280, (4, 8, 8, 16, 24, 32, 8), (32, 64, 96, 192, 256, 512, 640)),
+        "b0": _arch(32, 1280, (1, 2, 2, 3, 5, 8), (16, 32, 48, 96, 112, 192)),
+        "b1": _arch(32, 1280, (2, 3, 3, 4, 6, 9), (16, 32, 48, 96, 112, 192)),
+        "b2": _arch(32, 1408, (2, 3, 3, 4, 6, 10), (16, 32, 56, 104, 120, 208)),
+        "b3": _arch(40, 1536, (2, 3, 3, 5, 7, 12), (16, 40, 56, 112, 136, 232)),
     }
 
     def __init__(
@@ -206,7 +167,7 @@ class EfficientNetV2(BaseModule):
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "b h2 w2 c2"], ...]:
         """The outputs of the layers in `out_indices`, in order. `rngs` is for drop path in training."""
-        return apply_convolutional(self, x, rngs)
+        return apply_stages(self.layers, x, self.out_indices, rngs=rngs, remat=self.remat)
 
 
 def _block(stage: Stage, ins: int, stride: int, args: dict[str, Any]) -> Any:

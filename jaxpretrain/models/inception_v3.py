@@ -4,7 +4,7 @@ https://arxiv.org/abs/1512.00567)."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -178,6 +178,8 @@ class InceptionV3(BaseModule):
         remat: what the backward pass recomputes: 'none', 'full' (all within a block), 'dots' (all but convolutions).
     """
 
+    blocks: ClassVar[Mapping[str, Mapping[str, Branch]]] = BLOCKS
+
     def __init__(
         self,
         num_classes: int = 1000,
@@ -195,7 +197,7 @@ class InceptionV3(BaseModule):
         self.Conv2d_3b_1x1 = ConvModule(64, 80, 1, norm_cfg=_BN, rngs=rngs)
         self.Conv2d_4a_3x3 = ConvModule(80, 192, 3, norm_cfg=_BN, rngs=rngs)
         channels = 192
-        for name, branches in BLOCKS.items():
+        for name, branches in self.blocks.items():
             block = Inception(channels, branches, rngs=rngs)
             setattr(self, name, block)
             channels = block.out_channels
@@ -213,7 +215,7 @@ class InceptionV3(BaseModule):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
         x = max_pool2d(x, 3, 2)
         aux = None
-        for name in BLOCKS:
+        for name in self.blocks:
             x = apply_block(getattr(self, name), x, rngs=rngs, remat=self.remat)
             if name == "Mixed_6e" and self.aux_logits and not self.deterministic:
                 aux = self.AuxLogits(x)

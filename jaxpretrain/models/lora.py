@@ -18,6 +18,8 @@ from jaxpretrain.models.layers.drop import Dropout
 from jaxpretrain.models.layers.init import torch_uniform
 from jaxpretrain.models.layers.linear import Linear
 
+UPDATES = ("lora_down", "lora_up")  # what the two layers of an update are called
+
 # The key of the running call of a `LoRAModel`, for its layers' dropout: networks hand none to their linear layers.
 _KEY: ContextVar[Array | None] = ContextVar("lora_key", default=None)
 
@@ -49,7 +51,7 @@ class LoRALinear(BaseModule, Linear):
         self.lora_dropout = Dropout(drop_rate)
         self.lora_down = Linear(self.in_features, rank, bias=False, rngs=rngs)
         self.lora_up = Linear(rank, self.out_features, bias=False, rngs=rngs)
-        self.lora_up.kernel.set_value(jnp.zeros((rank, self.out_features)))
+        self.lora_up.kernel.set_value(first_update("lora_up", (rank, self.out_features), rngs))
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         key = _KEY.get()
@@ -60,26 +62,31 @@ class LoRALinear(BaseModule, Linear):
     def init_weights(self, rngs: nnx.Rngs) -> None:
         """PyTorch's default for `lora_down`, zeros for `lora_up`, whatever outer modules' `init_cfg` gave them."""
         super().init_weights(rngs)
-        down, up = self.lora_down.kernel, self.lora_up.kernel
-        down.set_value(torch_uniform(self.in_features)(rngs.params(), down.shape))
-        up.set_value(jnp.zeros(up.shape))
+        for name in UPDATES:
+            kernel = getattr(self, name).kernel
+            kernel.set_value(first_update(name, kernel.shape, rngs))
 
     def merged(self) -> Linear:
-        """The plain layer with the update in its kernel, which is the same without dropout."""
+        """The plain layer with the update in its kernel, which is the same without dropout; of shapes, with shapes."""
         layer = Linear(1, 1, bias=self.bias is not None, rngs=nnx.Rngs(0))
         layer.in_features, layer.out_features, layer.bias = self.in_features, self.out_features, self.bias
-        update = jnp.matmul(self.lora_down.kernel[...], self.lora_up.kernel[...], precision="highest")
-        layer.kernel = Frozen(  # type: ignore[assignment]
-            self.kernel[...] + self.scaling * update
-        )
+        kernel, down, up = (each.kernel.get_value() for each in (self, self.lora_down, self.lora_up))
+        if not isinstance(kernel, jax.ShapeDtypeStruct):
+            kernel = kernel + self.scaling * jnp.matmul(down, up, precision="highest")
+        layer.kernel = Frozen(kernel)  # type: ignore[assignment]
         return layer
+
+
+def first_update(name: str, shape: tuple[int, ...], rngs: nnx.Rngs) -> Float[Array, "in out"]:
+    """What a kernel of an update starts from: `lora_down` from PyTorch's default, `lora_up` from zeros."""
+    return torch_uniform(shape[0])(rngs.params(), shape) if name == "lora_down" else jnp.zeros(shape)
 
 
 class LoRAModel(BaseModule):
     """A network of which only low-rank updates of some linear layers learn. It is called like the network itself.
 
     What else the network has (`module`), attributes and methods, is to be had from here too. Files of the network's
-    weights fit `module` as they are: the updates then start anew.
+    weights fit as they are: the updates then start anew.
 
     Args:
         module: the network: `dict(type=...)` or a module.
@@ -154,7 +161,7 @@ def _linear_layers(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], tuple[s
     """(path, names here and in MMPretrain, layer) of all linear layers, but for those of updates."""
     modules = dict(nnx.iter_modules(model))
     for path, layer in sorted(modules.items(), key=lambda item: list(map(_sort_key, item[0]))):
-        if type(layer) is Linear and not (path and str(path[-1]).startswith("lora_")):
+        if type(layer) is Linear and not (path and path[-1] in UPDATES):
             theirs = (getattr(modules.get(path[:i]), "state_names", {}).get(part, part) for i, part in enumerate(path))
             yield path, (".".join(map(str, path)), ".".join(map(str, theirs))), layer
 

@@ -18,7 +18,7 @@ from jaxpretrain.models.layers.arch import architecture, output_indices
 from jaxpretrain.models.layers.base import BaseModule, freeze_first
 from jaxpretrain.models.layers.reparam import ParallelBranches, deploy_all
 from jaxpretrain.models.layers.se import SELayer
-from jaxpretrain.models.layers.stack import apply_block
+from jaxpretrain.models.layers.stack import apply_block, apply_stages
 
 _BN = {"type": "BN"}
 _RELU = {"type": "ReLU"}
@@ -171,10 +171,4 @@ class MobileOne(BaseModule):
     ) -> tuple[Float[Array, "b h2 w2 c2"], ...]:
         """The maps of the stages in `out_indices`, in order. Nothing is drawn: `rngs` is not used."""
         x = apply_block(self.stage0, x, remat=self.remat)
-        outs = []
-        for i, stage in enumerate(self.stages()):
-            for block in stage:
-                x = apply_block(block, x, remat=self.remat)
-            if i in self.out_indices:
-                outs.append(x)
-        return tuple(outs)
+        return apply_stages(self.stages(), x, self.out_indices, remat=self.remat)

@@ -11,13 +11,13 @@ from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError
 from jaxpretrain.models.layers.activation import activation
-from jaxpretrain.models.layers.arch import check_frozen_stages, output_indices
-from jaxpretrain.models.layers.base import BaseModule, freeze_stage
+from jaxpretrain.models.layers.arch import output_indices
+from jaxpretrain.models.layers.base import BaseModule, freeze_first
 from jaxpretrain.models.layers.conv import Conv2d, ConvModule, avg_pool2d, max_pool2d
 from jaxpretrain.models.layers.init import normal
 from jaxpretrain.models.layers.norm import BatchNorm, GroupNorm
 from jaxpretrain.models.layers.se import make_divisible
-from jaxpretrain.models.layers.stack import apply_block
+from jaxpretrain.models.layers.stack import apply_stages
 
 _BN, _RELU = {"type": "BN"}, {"type": "ReLU"}
 
@@ -142,11 +142,7 @@ class ShuffleNetV1(BaseModule):
             stages.append(nnx.List(units))
         self.layers = nnx.List(stages)
 
-        check_frozen_stages(frozen_stages, -1, len(stages), "ShuffleNetV1")
-        if frozen_stages >= 0:
-            freeze_stage(self.conv1)
-        for i in range(frozen_stages):
-            freeze_stage(self.layers[i])
+        freeze_first([self.conv1, *self.layers], frozen_stages, "ShuffleNetV1")
 
     def init_weights(self, rngs: nnx.Rngs) -> None:
         """Normal kernels (see `init_convolutions`); norms start with scales of 1 and biases of 0.0001."""
@@ -162,10 +158,4 @@ class ShuffleNetV1(BaseModule):
     ) -> tuple[Float[Array, "b h2 w2 c"], ...]:
         """The outputs of the stages in `out_indices`, in order."""
         x = max_pool2d(self.conv1(x), 3, 2, 1)
-        outs = []
-        for i, units in enumerate(self.layers):
-            for unit in units:
-                x = apply_block(unit, x, rngs=rngs, remat=self.remat)
-            if i in self.out_indices:
-                outs.append(x)
-        return tuple(outs)
+        return apply_stages(self.layers, x, self.out_indices, rngs=rngs, remat=self.remat)

@@ -10,10 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxpretrain.build import ConfigError
-from jaxpretrain.models.layers.arch import check_frozen_stages, output_indices
-from jaxpretrain.models.layers.base import BaseModule, freeze_stage
+from jaxpretrain.models.layers.arch import output_indices
+from jaxpretrain.models.layers.base import BaseModule, freeze_first
 from jaxpretrain.models.layers.conv import ConvModule, max_pool2d
-from jaxpretrain.models.layers.stack import apply_block
+from jaxpretrain.models.layers.stack import apply_stages
 from jaxpretrain.models.shufflenet_v1 import channel_shuffle, init_convolutions
 
 _BN, _RELU = {"type": "BN"}, {"type": "ReLU"}
@@ -111,11 +111,7 @@ class ShuffleNetV2(BaseModule):
             channels = width
         self.layers = nnx.List([*layers, ConvModule(channels, last, 1, **args)])
 
-        check_frozen_stages(frozen_stages, -1, len(self.layers), "ShuffleNetV2")
-        if frozen_stages >= 0:
-            freeze_stage(self.conv1)
-        for i in range(frozen_stages):
-            freeze_stage(self.layers[i])
+        freeze_first([self.conv1, *self.layers], frozen_stages, "ShuffleNetV2")
 
     def init_weights(self, rngs: nnx.Rngs) -> None:
         """Normal kernels: see `init_convolutions`."""
@@ -127,13 +123,4 @@ class ShuffleNetV2(BaseModule):
     ) -> tuple[Float[Array, "b h2 w2 c"], ...]:
         """The outputs of the layers in `out_indices`, in order."""
         x = max_pool2d(self.conv1(x), 3, 2, 1)
-        outs = []
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, nnx.List):
-                for block in layer:
-                    x = apply_block(block, x, rngs=rngs, remat=self.remat)
-            else:
-                x = layer(x)
-            if i in self.out_indices:
-                outs.append(x)
-        return tuple(outs)
+        return apply_stages(self.layers, x, self.out_indices, rngs=rngs, remat=self.remat)

@@ -232,12 +232,12 @@ class PCPVT(BaseModule):
         self.position_encoding_drops = nnx.List([Dropout(drop_rate) for _ in range(count)])
         self.position_encodings = nnx.List([ConditionalPositionEncoding(width, rngs=rngs) for width in widths])
         rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
-        drops = (attn_drop_rate, drop_rate)
+        args: dict[str, Any] = dict(attn_drop=attn_drop_rate, proj_drop=drop_rate, qkv_bias=qkv_bias, rngs=rngs)
         stages = []
         for i, width in enumerate(widths):
             stage = []
             for j in range(depths[i]):
-                attn = self._attention(size, i, j, drops, qkv_bias, norm_cfg, rngs)
+                attn = self._attention(size, i, j, norm_cfg, **args)
                 hidden = size["mlp_ratios"][i] * width
                 stage.append(EncoderLayer(width, attn, hidden, drop_rate, next(rates), norm_cfg, rngs=rngs))
             stages.append(nnx.List(stage))
@@ -247,19 +247,13 @@ class PCPVT(BaseModule):
             setattr(self, f"norm_after_stage{i}", norm)
 
     def _attention(
-        self,
-        size: Mapping[str, Any],
-        stage: int,
-        layer: int,
-        drops: tuple[float, float],
-        qkv_bias: bool,
-        norm_cfg: Mapping[str, Any],
-        rngs: nnx.Rngs,
+        self, size: Mapping[str, Any], stage: int, layer: int, norm_cfg: Mapping[str, Any], **args: Any
     ) -> GlobalSubsampledAttention | LocallyGroupedSelfAttention:
+        """The attention of a layer; `args` are what every kind of it takes."""
         width, heads = size["embed_dims"][stage], size["num_heads"][stage]
         if width % heads:
             raise ConfigError(f"{type(self).__name__}: {width} channels are not a multiple of {heads} heads")
-        return GlobalSubsampledAttention(width, heads, *drops, qkv_bias, norm_cfg, size["sr_ratios"][stage], rngs=rngs)
+        return GlobalSubsampledAttention(width, heads, norm_cfg=norm_cfg, sr_ratio=size["sr_ratios"][stage], **args)
 
     def __call__(
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None
@@ -317,16 +311,9 @@ class SVT(PCPVT):
     )
 
     def _attention(
-        self,
-        size: Mapping[str, Any],
-        stage: int,
-        layer: int,
-        drops: tuple[float, float],
-        qkv_bias: bool,
-        norm_cfg: Mapping[str, Any],
-        rngs: nnx.Rngs,
+        self, size: Mapping[str, Any], stage: int, layer: int, norm_cfg: Mapping[str, Any], **args: Any
     ) -> GlobalSubsampledAttention | LocallyGroupedSelfAttention:
         if layer % 2:
-            return super()._attention(size, stage, layer, drops, qkv_bias, norm_cfg, rngs)
-        sizes = (size["embed_dims"][stage], size["num_heads"][stage])
-        return LocallyGroupedSelfAttention(*sizes, *drops, qkv_bias, size["window_sizes"][stage], rngs=rngs)
+            return super()._attention(size, stage, layer, norm_cfg, **args)
+        width, heads, window = (size[key][stage] for key in ("embed_dims", "num_heads", "window_sizes"))
+        return LocallyGroupedSelfAttention(width, heads, window_size=window, **args)

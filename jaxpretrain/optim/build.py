@@ -162,7 +162,7 @@ def _check_momenta(optimizer: Optimizer, groups: PyTree) -> None:
     if given and "momentum" not in optimizer.slots:
         raise ConfigError(
             f"paramwise_cfg.custom_keys gives some parameters momentum={given[0]}, but {type(optimizer).__name__} has "
-            "none to replace: take SGD or LARS, with a momentum"
+            "none to replace: take SGD, RMSprop or LARS, with a momentum"
         )
 
 

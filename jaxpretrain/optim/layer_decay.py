@@ -1,7 +1,7 @@
 """Layer-wise learning rates: layer k of n learns with rate ** (n - 1 - k) times the rate of the head.
 
 From Clark et al. (2020, ELECTRA) and, for images, Bao et al. (2021, BEiT). Layers are numbered as MMPretrain does, from the
-stem at 0 to the head at n - 1, and are known by the parameters' paths below `backbone`:
+stem at 0 to the head at n - 1, and are known by the parameters' paths below `backbone`, or its `module` if LoRA adapts it:
 
 - `layers/I` (ViT, BEiT): every block is a layer. What is neither block nor stem (final norms) goes with the head.
 - `stages/I/blocks/J` (Swin): every block is a layer, counted through the stages; `downsample` belongs to the block before.
@@ -30,7 +30,11 @@ def layer_numbers(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
         ConfigError: a backbone without layers that are known.
     """
     paths = list(paths)
-    inside = {path: parts[-1] for path in paths if len(parts := re.split(r"(?:^|/)backbone/", path, maxsplit=1)) == 2}
+    inside = {
+        path: parts[-1]
+        for path in paths
+        if len(parts := re.split(r"(?:^|/)backbone/(?:module/)?", path, maxsplit=1)) == 2
+    }
     if not inside:
         return dict.fromkeys(paths, (0, 1))
     for pattern, numbering in _NUMBERINGS:

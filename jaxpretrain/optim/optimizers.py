@@ -165,6 +165,42 @@ class AdamW(Adam):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RMSprop(Optimizer):
+    """Gradients over the root of their running mean square (Tieleman & Hinton, 2012); `torch.optim.RMSprop`.
+
+    Args:
+        alpha: how much of the mean square is kept at each step.
+        eps: added to the root.
+        centered: whether the running mean of the gradient is taken off, so that its variance is left.
+        momentum: of the scaled gradients, which enter the buffer whole.
+    """
+
+    lr: float = 1e-2
+    alpha: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+    centered: bool = False
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("nu",) + ("mu",) * self.centered + ("momentum",) * bool(self.momentum)
+
+    def update(self, p: Array, g: Array, slots: Slots, at: Setting) -> tuple[Array, Slots]:
+        g = g + at.decay * p
+        kept, weight = self.alpha, 1 - self.alpha
+        variance = kept * slots["nu"] + weight * jnp.square(g)
+        new = {"nu": variance}
+        if self.centered:
+            new["mu"] = kept * slots["mu"] + weight * g
+            variance = variance - jnp.square(new["mu"])
+        direction = g / (jnp.sqrt(variance) + self.eps)
+        if self.momentum:
+            momentum = self.momentum if at.momentum is None else at.momentum
+            direction = new["momentum"] = momentum * slots["momentum"] + direction
+        return -at.lr * direction, new
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lamb(Optimizer):
     """Adam's direction scaled layer by layer to the weights (You et al., 2020, arXiv:1904.00962), as in MMPretrain.
 

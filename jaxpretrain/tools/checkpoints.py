@@ -30,7 +30,7 @@ class Checkpoint:
         path: of the weights; None for none: as it is initialised.
         pipeline: host transforms of its images in evaluation, or None if nothing is known.
         mean, std: of its images, RGB, in grey levels.
-        channel_order: of the network, 'rgb' or 'bgr'.
+        channel_order: of the network, 'rgb', 'bgr' or 'grey'.
         train_pipeline: host transforms of its pre-training, if known: masks are made there.
     """
 
@@ -157,6 +157,7 @@ def _with_data(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
         train_pipeline=(data.get("train") or {}).get("pipeline") or (),
         mean=pixels.get("mean") or IMAGENET_MEAN,
         std=pixels.get("std") or IMAGENET_STD,
+        channel_order=pixels.get("channel_order") or "rgb",
     )
 
 

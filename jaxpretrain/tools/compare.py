@@ -18,7 +18,7 @@ import numpy as np
 from jaxpretrain import cli
 from jaxpretrain.build import ConfigError
 from jaxpretrain.cli import ExpectedFailure
-from jaxpretrain.tools.from_torch import abstract, local, model_config, needed
+from jaxpretrain.tools.from_torch import local, model_config, needed
 
 FLAGS = {
     "model": "a name of the zoo, a recipe, or a .json file, as for from_torch.py",
@@ -36,11 +36,11 @@ Row = tuple[str, str, tuple[int, ...], float]
 def main(argv: list[str]) -> int:
     flags = cli.parse(argv, FLAGS, {}, __doc__ or "")
     needed(flags, "model", "src")
-    from jaxpretrain.interop import export, files, load_weights
+    from jaxpretrain.interop import export, files, read_model
 
     src = local(flags.src)
-    model = abstract(model_config(flags.model))
-    report = load_weights(model, src, layout=flags.layout or "auto", key=flags.key)
+    found = read_model(model_config(flags.model), src, layout=flags.layout or "auto", key=flags.key)
+    model, report = found.filled(), found.report
     print(report)
     given, back = files.read(src, flags.key), export(model, report.layout)
     same = [name for name, array in back.items() if name in given and np.array_equal(given[name], array)]

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxpretrain import cli
 from jaxpretrain.build import ConfigError
-from jaxpretrain.build import abstract as build_abstract
 
 FLAGS = {
     "model": "a name of the zoo, a recipe (configs/mae.py:RECIPE), or a .json file with dict(type=...)",
@@ -33,14 +31,13 @@ def main(argv: list[str]) -> int:
         [argument.replace("--reinit-head", "--reinit_head") for argument in argv], FLAGS, SWITCHES, __doc__
     )
     needed(flags, "model", "src", "dst")
-    from jaxpretrain.interop import read_weights, save_weights
+    from jaxpretrain.interop import read_model, save_weights
 
     config = model_config(flags.model)
     if flags.part and "backbone" in config:
         config = config[flags.part]
-    model = abstract(config)
-    report = read_weights(
-        model,
+    found = read_model(
+        config,
         local(flags.src),
         layout=flags.layout or "auto",
         key=flags.key,
@@ -48,11 +45,12 @@ def main(argv: list[str]) -> int:
         drop=flags.drop.split(",") if flags.drop else (),
         reinit_head=bool(flags.reinit_head),
     )
+    report = found.report
     print(report)
     if note := zoo_note(flags.model):
         print(f"note: {note}")
-    meta = dict(name=flags.model, model=config, layout=report.layout, source=str(flags.src))
-    save_weights(model, flags.dst, meta=meta, report=report, progress=True)
+    meta = dict(name=flags.model, model=found.config, fused=found.fused, layout=report.layout, source=str(flags.src))
+    save_weights(found.model, flags.dst, meta=meta, report=report, progress=True)
     print(f"written to {flags.dst}")
     return cli.OK
 
@@ -85,13 +83,6 @@ def zoo_note(name: str) -> str | None:
     from jaxpretrain.zoo.index import is_model_name
 
     return model_info(name).note if is_model_name(name) else None
-
-
-def abstract(config: Mapping[str, Any]) -> Any:
-    """The network, in eval mode, with shapes for weights."""
-    model = build_abstract(config)
-    model.eval()
-    return model
 
 
 def local(src: str) -> str | Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxpretrain import __version__, cli
 from jaxpretrain.build import ConfigError
-from jaxpretrain.tools.from_torch import abstract, local, model_config
+from jaxpretrain.tools.from_torch import local, model_config
 
 FLAGS = {
     "layout": "whose names CHECKPOINT has: auto (default), mmpretrain, timm, ...",
@@ -38,12 +38,12 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--fuse-bn leaves convolutions that MMPretrain has not: give a directory, not {target}")
     if target.exists() and not as_file:
         raise ConfigError(f"{target} exists already; give a new directory")
-    from jaxpretrain.interop import export, files, load_weights, save_weights
+    from jaxpretrain.interop import export, files, read_model, save_weights
     from jaxpretrain.models.fuse import deployed_config, fuse_conv_bn, switch_to_deploy
 
-    config = model_config(name)
-    model = abstract(config)
-    print(load_weights(model, local(source), layout=flags.layout or "auto", key=flags.key))
+    found = read_model(model_config(name), local(source), layout=flags.layout or "auto", key=flags.key)
+    print(found.report)
+    model = found.filled()
     images, before = _run(model)
     parts = switch_to_deploy(model)
     norms = fuse_conv_bn(model) if flags.fuse_bn else []
@@ -53,11 +53,11 @@ def main(argv: list[str]) -> int:
     print(f"{len(parts)} parts deployed, {len(norms)} norms melted into the layers before them")
     _compare(model, images, before)
 
-    about: dict[str, Any] = dict(jaxpretrain=__version__, model=deployed_config(config))
+    about: dict[str, Any] = dict(jaxpretrain=__version__, model=deployed_config(found.config))
     if as_file:
         files.write(target, export(model), about)
     else:
-        save_weights(model, target, meta=about | dict(name=name, source=source, fused=bool(norms)))
+        save_weights(model, target, meta=about | dict(name=name, source=source, fused=bool(norms) or found.fused))
     print(f"written to {target}")
     return cli.OK
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxpretrain.build import ConfigError, abstract, build
+from jaxpretrain.build import ConfigError, build
 from jaxpretrain.zoo.index import ModelInfo, Preprocessing, is_model_name, missing_components, model_info
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _preprocessing(whole: Mapping[str, Any]) -> Preprocessing | None:
         return None
     mean, std = tuple(normalisation["mean"]), tuple(normalisation["std"])
     if "data" in whole:
-        pipeline, order = whole["data"]["val"]["pipeline"], "rgb"
+        pipeline, order = whole["data"]["val"]["pipeline"], normalisation.get("channel_order", "rgb")
     else:
         loader = whole.get("test_dataloader") or whole.get("val_dataloader") or {}
         pipeline = loader.get("dataset", {}).get("pipeline", [])
@@ -260,8 +260,7 @@ def _with_weights(
     seed: int,
 ) -> Any:
     """The model with weights, which are read straight into it; without those of the parts called `removed`."""
-    from jaxpretrain.interop import InteropError, load_weights
-    from jaxpretrain.models.fuse import abstract_fused, is_fused
+    from jaxpretrain.interop import InteropError, read_model
     from jaxpretrain.zoo.weights import converted_weights, local_file
 
     if source is True and not info.name:
@@ -270,14 +269,13 @@ def _with_weights(
         )
     published = source is True or source == info.weights
     file = converted_weights(info, url_mapping) if published else local_file(source, url_mapping)
-    module = abstract_fused(info.model) if is_fused(file) else abstract(info.model)
+    options: dict[str, Any] = dict(drop=[rf"^{part}\." for part in removed], reinit_head=reinit_head, seed=seed)
     try:
-        load_weights(module, file, drop=[rf"^{part}\." for part in removed], reinit_head=reinit_head, seed=seed)
+        return read_model(info.model, file, **options).filled(seed)
     except InteropError as error:
         if not (published and info.note):
             raise
         raise InteropError(f"{error}\n{info.note}") from error
-    return module
 
 
 def _copy_what_fits(source: Any, target: Any) -> None:

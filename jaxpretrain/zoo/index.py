@@ -29,7 +29,8 @@ class Preprocessing:
     Attributes:
         pipeline: host transforms, `dict(type=...)` as in `jaxpretrain.data.host_transforms`.
         mean, std: of R, G, B, in grey levels 0 to 255.
-        channel_order: 'rgb', or 'bgr' for the few networks (RegNetX, MobileViT, GLIP's Swin) that want blue first.
+        channel_order: 'rgb', or 'bgr' for the few networks (RegNetX, MobileViT, GLIP's Swin) that want blue first; 'grey' for
+            one channel.
         source: where the pipeline is from: 'recipe', the model's own test pipeline; 'downstream', that of a model
             fine-tuned or probed from this one, where it has none itself; 'convention', the usual one for its input
             size, where neither has one.

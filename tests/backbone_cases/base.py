@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def shallow(network: type, *blocks: int) -> type:
+    """A network like ResNet with so many blocks in its stages, whatever its depth."""
+    settings = {depth: (block, blocks) for depth, (block, _) in network.arch_settings.items()}
+    return type(f"Small{network.__name__}", (network,), {"arch_settings": settings})
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A backbone in a small form, and what the tests must know of it.

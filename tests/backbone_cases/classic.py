@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from tests.backbone_cases.base import Backbone
+from jaxpretrain.models.inception_v3 import BLOCKS, InceptionV3
+from jaxpretrain.models.res2net import Res2Net
+from jaxpretrain.models.resnest import ResNeSt
+from tests.backbone_cases.base import Backbone, shallow
+
+
+class SmallInceptionV3(InceptionV3):
+    """One block of each kind."""
+
+    blocks = {name: BLOCKS[name] for name in ("Mixed_5b", "Mixed_6a", "Mixed_6b", "Mixed_7a", "Mixed_7b")}
+
 
 STAGES = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), stem_channels=8, out_indices=(1,))
+SMALL_RESNEST = shallow(ResNeSt, 1, 2)
 RESNET = dict(out_indices=(0, 1), frozen_stages=1)
 VGG = dict(type="VGG", depth=11, num_stages=2, dilations=(1, 1), norm_cfg=dict(type="BN"))
 REGNET = dict(w0=8, wa=4.0, wm=2.0, group_w=4, depth=3, bot_mul=1.0)
@@ -39,20 +50,20 @@ CASES = dict(
         drop_path_rate="drop_rate",
     ),
     InceptionV3=Backbone(
-        dict(type="InceptionV3", num_classes=10),
+        dict(type=SmallInceptionV3, num_classes=10),
         golden=("inception-v3_3rdparty_8xb32_in1k",),
         size=75,
         other_size=107,
         drop_path_rate="dropout",
     ),
     ResNeSt=Backbone(
-        dict(type="ResNeSt", depth=50, base_channels=4, **STAGES), golden=("resnest50_32xb64_in1k",), **RESNET
+        dict(type=SMALL_RESNEST, depth=50, base_channels=4, **STAGES), golden=("resnest50_32xb64_in1k",), **RESNET
     ),
     ResNeStGroups=Backbone(
-        dict(type="ResNeSt", depth=50, groups=2, radix=2, avg_down_stride=False, **STAGES), **RESNET
+        dict(type=SMALL_RESNEST, depth=50, groups=2, radix=2, avg_down_stride=False, **STAGES), **RESNET
     ),
     Res2Net=Backbone(
-        dict(type="Res2Net", depth=50, base_channels=8, scales=3, base_width=26, **STAGES),
+        dict(type=shallow(Res2Net, 1, 2), depth=50, base_channels=8, scales=3, base_width=26, **STAGES),
         golden=("res2net50-w14-s8_3rdparty_8xb32_in1k",),
         **RESNET,
     ),

@@ -11,7 +11,7 @@ V2 = dict(
     stages=[("conv", 2, 1, 1, 8), ("fused", 2, 2, 2, 8), ("mb", 2, 2, 2, 8)],
     out_channels=16,
 )
-EFFICIENTFORMER = dict(layers=[1, 3], embed_dims=[16, 16], downsamples=[False, True], vit_num=1)
+EFFICIENTFORMER = dict(layers=[1, 2], embed_dims=[16, 16], downsamples=[False, True], vit_num=1)
 LEVIT = dict(embed_dims=[32, 48], num_heads=[2, 3], depths=[1, 1], key_dims=[8, 8])
 TINYVIT = dict(channels=[8, 16, 16], num_heads=[1, 2, 2], depths=[1, 1, 1])
 CASES = dict(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.backbone_cases.base import Backbone
 
-HIVIT = dict(arch=dict(embed_dims=16, depths=[1, 1, 3], num_heads=2), img_size=32)
-MIXMIM = dict(arch=dict(embed_dims=8, depths=[1, 2], num_heads=[2, 2]), window_size=[4, 4], img_size=32)
+HIVIT = dict(arch=dict(embed_dims=16, depths=[1, 1, 2], num_heads=2), img_size=32)
+MIXMIM = dict(arch=dict(embed_dims=8, depths=[1, 1], num_heads=[2, 2]), window_size=[4, 4], img_size=32)
 NEIGHBOURS = 1.0  # rounding makes others the nearest
 CASES = dict(
     HiViT=Backbone(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tests.backbone_cases.base import Backbone
 
-ARCH = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=32)
+ARCH = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
 TNT = dict(embed_dims_outer=16, embed_dims_inner=8, num_layers=2, num_heads_outer=2, num_heads_inner=2)
 TWINS = dict(
-    depths=[2, 2],
+    depths=[2, 1],
     embed_dims=[8, 16],
     num_heads=[2, 2],
     patch_sizes=[4, 2],
@@ -15,7 +15,7 @@ TWINS = dict(
     mlp_ratios=[2, 2],
     sr_ratios=[2, 1],
 )
-MVIT = dict(embed_dims=8, num_layers=3, num_heads=1, downscale_indices=[1])
+MVIT = dict(embed_dims=8, num_layers=2, num_heads=1, downscale_indices=[1])
 CASES = dict(
     RevVisionTransformer=Backbone(
         dict(type="RevVisionTransformer", arch=ARCH, img_size=16, patch_size=4),
@@ -69,7 +69,7 @@ CASES = dict(
     DaViT=Backbone(
         dict(
             type="DaViT",
-            arch=dict(embed_dims=8, depths=[1, 2], num_heads=[2, 2]),
+            arch=dict(embed_dims=8, depths=[1, 1], num_heads=[2, 2]),
             window_size=4,
             drop_path_rate=0.0,
             out_indices=(1,),

@@ -6,8 +6,8 @@ from tests.backbone_cases.base import Backbone
 
 CONVNEXT = dict(arch=dict(depths=[1, 1], channels=[8, 16]))
 DW, GF = dict(type="DW", kernel_size=3), dict(type="GF", h=2, w=2)
-HORNET = dict(base_dim=16, depths=[1, 1, 1, 2], orders=[2, 2, 3, 3], dw_cfg=[DW, DW, GF, GF])
-MIXER = dict(embed_dims=16, num_layers=3, tokens_mlp_dims=8, channels_mlp_dims=32)
+HORNET = dict(base_dim=16, depths=[1, 1, 1, 1], orders=[2, 2, 3, 3], dw_cfg=[DW, DW, GF, GF])
+MIXER = dict(embed_dims=16, num_layers=2, tokens_mlp_dims=8, channels_mlp_dims=32)
 XCIT = dict(type="XCiT", img_size=32, patch_size=8, embed_dims=16, depth=2, cls_attn_layers=2, num_heads=2)
 CASES = dict(
     ConvNeXt=Backbone(
@@ -40,7 +40,7 @@ CASES = dict(
         dict(type="MlpMixer", arch=MIXER, img_size=32, patch_size=8),
         golden=("mlp-mixer-base-p16_3rdparty_64xb64_in1k",),
         other_size=None,
-        out_indices=(0, 2),
+        out_indices=(0, 1),
         channels_first=True,
     ),
     VAN=Backbone(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tests.backbone_cases.base import Backbone
 
-ARCH = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=32)
+ARCH = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
 VIT = dict(arch=ARCH, img_size=16, patch_size=4)
-PLAIN = dict(size=16, other_size=24, out_indices=(0, 2), frozen_stages=1)
-WINDOWS = dict(arch=dict(embed_dims=8, depths=[2, 2], num_heads=[2, 2]), img_size=32, out_indices=(1,))
+PLAIN = dict(size=16, other_size=24, out_indices=(0, 1), frozen_stages=1)
+WINDOWS = dict(arch=dict(embed_dims=8, depths=[2, 1], num_heads=[2, 2]), img_size=32, out_indices=(1,))
 SWIN_V2 = dict(
     type="SwinTransformerV2",
     arch=WINDOWS["arch"] | dict(extra_norm_every_n_blocks=0),

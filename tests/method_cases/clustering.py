@@ -8,10 +8,10 @@ import jax
 from flax import nnx
 
 from jaxpretrain.models.layers import BaseModule, BatchNorm, Linear
-from tests.method_cases.base import CE, RESNET, SIZE, STAGES, Case
+from tests.method_cases.base import CE, RESNET, SIZE, STAGE, Case
 
 SAMPLES, CLUSTERS = 64, 4
-SOBEL = dict(type="ResNetSobel", depth=18, stem_channels=8, base_channels=8, **STAGES)
+SOBEL = dict(type="ResNetSobel", depth=18, **STAGE)
 
 
 def head(channels: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tests.method_cases.base import CE, RESNET, SIZE, VIT, Case
+from tests.method_cases.base import CE, ONE_LAYER, RESNET, SIZE, Case
 
 
 def projector(channels: int, pooled: bool, **more: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = dict(
     supervised=classifier(),
     mae=dict(
         type="MAE",
-        backbone=dict(type="MAEViT", **VIT),
+        backbone=dict(type="MAEViT", **ONE_LAYER),
         neck=dict(type="MAEPretrainDecoder", patch_size=4, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2),
         head=dict(
             type="MAEPretrainHead",
@@ -78,7 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = dict(
         feat_dim=8,
         momentum=0.1,
     ),
-    mocov3_vit=moco(dict(type="MoCoV3ViT", stop_grad_conv1=True, **VIT), 16, False),
+    mocov3_vit=moco(dict(type="MoCoV3ViT", stop_grad_conv1=True, **ONE_LAYER), 16, False),
     mocov3_resnet=moco(RESNET, 16, True),
 )
 
@@ -86,7 +86,7 @@ CONFIGS: dict[str, dict[str, Any]] = dict(
 DENSECL = {"loss_single", "loss_dense", "feature_std"}
 CASES = dict(
     supervised=Case(CONFIGS["supervised"], views=SIZE, logged={"accuracy_top-1"}, bfloat16=0.05),
-    mae=Case(CONFIGS["mae"], views=SIZE, bfloat16=0.05),
+    mae=Case(CONFIGS["mae"], views=SIZE, learning_rate=1e-2, bfloat16=0.05),
     simclr=Case(CONFIGS["simclr"]),
     simsiam=Case(CONFIGS["simsiam"]),
     byol=Case(CONFIGS["byol"]),

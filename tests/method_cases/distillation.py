@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.method_cases.base import RESNET, SIZE, VIT, Case
+from tests.method_cases.base import ONE_LAYER, RESNET, SIZE, VIT, Case
 from tests.method_cases.contrastive import projector
 
 CROPS = (SIZE, SIZE, SIZE // 2, SIZE // 2)
@@ -12,7 +12,6 @@ NECK = dict(in_channels=16, out_channels=24, hidden_channels=16, bottleneck_chan
 COLLAPSE = {"feature_std", "assignment_entropy", "teacher_entropy"}
 # A quick teacher of a constant temperature: 200 steps are not many.
 HEAD = dict(out_channels=24, warmup_teacher_temp=0.05, teacher_temp=0.05, warmup_teacher_temp_epochs=0)
-IBOT_VIT = dict(type="IBOTViT", num_registers=2, **VIT)
 
 
 def dino(backbone: dict[str, Any], **neck: Any) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def ibot(**neck: Any) -> dict[str, Any]:
         head["patch_out_channels"] = neck["patch_out_channels"]
     return dict(
         type="IBOT",
-        backbone=dict(type="IBOTViT", **VIT),
+        backbone=dict(type="IBOTViT", **ONE_LAYER),
         neck=dict(NECK, type="IBOTNeck", **neck),
         head=head,
         base_momentum=0.1,
@@ -40,11 +39,17 @@ def ibot(**neck: Any) -> dict[str, Any]:
     )
 
 
-def dinov2(centering: str, **more: Any) -> dict[str, Any]:
+def dinov2(centering: str, vit: dict[str, Any], **more: Any) -> dict[str, Any]:
     head = {name: value for name, value in NECK.items() if name != "in_channels"}
     return dict(
         type="DINOv2",
-        backbone=dict(IBOT_VIT, layer_scale_init_value=1e-1, layer_cfgs=dict(ffn_type="swiglu_fused")),
+        backbone=dict(
+            type="IBOTViT",
+            num_registers=2,
+            layer_scale_init_value=1e-1,
+            layer_cfgs=dict(ffn_type="swiglu_fused"),
+            **vit,
+        ),
         neck=dict(type="DINOv2Neck", dino_head=head, ibot_head=dict(head, out_channels=20)),
         head=dict(type="DINOv2Head", centering=centering, patch_out_channels=20, **HEAD),
         base_momentum=0.1,
@@ -67,10 +72,12 @@ CASES = dict(
         ibot(shared_head=False, patch_out_channels=20), CROPS, logged=COLLAPSE | {"loss_cls", "loss_patch"}
     ),
     dinov2=Case(
-        dinov2("sinkhorn_knopp", groups=2),
+        dinov2("sinkhorn_knopp", VIT, groups=2),
         CROPS,
         logged=COLLAPSE | {"loss_dino", "loss_ibot", "loss_koleo"},
     ),
-    dinov2_centering=Case(dinov2("centering"), CROPS, logged=COLLAPSE | {"loss_dino", "loss_ibot", "loss_koleo"}),
+    dinov2_centering=Case(
+        dinov2("centering", ONE_LAYER), CROPS, logged=COLLAPSE | {"loss_dino", "loss_ibot", "loss_koleo"}
+    ),
     vicreg=Case(VICREG, logged={"feature_std", "loss_invariance", "loss_variance", "loss_covariance"}),
 )

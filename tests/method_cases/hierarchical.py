@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.method_cases.base import SIZE, VIT, Case
+from tests.method_cases.base import ONE_LAYER, SIZE, Case
 
 L2 = dict(type="PixelReconstructionLoss", criterion="L2")
 HIVIT = dict(arch=dict(embed_dims=16, depths=[1, 1, 2], num_heads=2), img_size=SIZE, patch_size=4)
@@ -29,7 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = dict(
         backbone=dict(type="iTPNHiViT", reconstruction_type="clip", rpe=True, layer_scale_init_value=0.1, **HIVIT),
         neck=dict(type="iTPNPretrainDecoder", **PYRAMID),
         head=dict(type="iTPNClipHead", embed_dims=16, num_embed=12, loss=dict(type="CrossEntropyLoss")),
-        target_generator=dict(type="CLIPGenerator", stand_in=True, out_dims=12, **VIT),
+        target_generator=dict(type="CLIPGenerator", stand_in=True, out_dims=12, **ONE_LAYER),
     ),
     mixmim=dict(
         type="MixMIM",
@@ -46,9 +46,9 @@ CONFIGS: dict[str, dict[str, Any]] = dict(
 )
 
 CASES: dict[str, Case] = dict(
-    mae_hivit=Case(CONFIGS["mae_hivit"], views=SIZE, bfloat16=0.02),
+    mae_hivit=Case(CONFIGS["mae_hivit"], views=SIZE, learning_rate=1e-2, bfloat16=0.02),
     itpn=Case(CONFIGS["itpn"], views=SIZE, learning_rate=1e-2, bfloat16=0.02),
     # Targets that are no probabilities: this loss has no lower bound.
     itpn_clip=Case(CONFIGS["itpn_clip"], mask=(4, 4, 6), bfloat16=0.05),
-    mixmim=Case(CONFIGS["mixmim"], views=SIZE, bfloat16=0.02),
+    mixmim=Case(CONFIGS["mixmim"], views=SIZE, learning_rate=1e-2, bfloat16=0.02),
 )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.method_cases.base import SIZE, VIT, Case
+from tests.method_cases.base import ONE_LAYER, SIZE, VIT, Case
 
 STAND_IN = dict(
     type="CLIPGenerator",
-    arch=dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=64),
+    arch=dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=64),
     img_size=SIZE,
     patch_size=4,
     out_dims=12,
@@ -21,7 +21,7 @@ DECODER = dict(patch_size=4, decoder_embed_dim=16, decoder_depth=1, decoder_num_
 def clip_targets(kind: str, backbone: str, neck: str) -> dict[str, Any]:
     return dict(
         type=kind,
-        backbone=dict(type=backbone, mask_ratio=0.5, **VIT),
+        backbone=dict(type=backbone, mask_ratio=0.5, **ONE_LAYER),
         neck=dict(type=neck, **DECODER),
         head=COSINE,
         target_generator=STAND_IN,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.method_cases.base import SIZE, VIT, Case
+from tests.method_cases.base import ONE_LAYER, SIZE, VIT, Case
 
 L1, L2 = (dict(type="PixelReconstructionLoss", criterion=criterion) for criterion in ("L1", "L2"))
 
@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = dict(
     ),
     maskfeat=dict(
         type="MaskFeat",
-        backbone=dict(type="MaskFeatViT", **VIT),
+        backbone=dict(type="MaskFeatViT", **ONE_LAYER),
         neck=dict(type="LinearNeck", in_channels=16, out_channels=108, norm_cfg=None),
         head=dict(type="MIMHead", loss=L2),
         target_generator=dict(type="HOGGenerator", pool=2, gaussian_window=4),

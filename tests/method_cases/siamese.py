@@ -57,6 +57,6 @@ CASES = dict(
     swav_queue=Case(swav(queue_length=64, epoch_queue_starts=0), views=CROPS, logged=CLUSTERED),
     swav_heads=Case(swav((PROTOTYPES, 6)), views=CROPS, logged=CLUSTERED),
     npid=Case(npid(ensure_neg=True), views=SIZE),
-    relative_loc=Case(RELATIVE_LOC, views=(SIZE,) * 9, logged=CLASSIFIED),
-    rotation_pred=Case(ROTATION_PRED, views=(SIZE,) * 4, logged=CLASSIFIED),
+    relative_loc=Case(RELATIVE_LOC, views=(SIZE,) * 9, logged=CLASSIFIED, learning_rate=1e-2),
+    rotation_pred=Case(ROTATION_PRED, views=(SIZE,) * 4, logged=CLASSIFIED, learning_rate=1e-2),
 )

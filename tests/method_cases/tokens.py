@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.method_cases.base import CE, SIZE, VIT, Case
+from tests.method_cases.base import CE, ONE_LAYER, SIZE, VIT, Case
 
 GRID = SIZE // 4
 STAND_IN = dict(type="RandomProjectionTokenizer", patch_size=4, num_embed=16, embed_dims=8)
@@ -12,7 +12,8 @@ LOGGED = {"accuracy", "assignment_entropy", "feature_std"}
 
 
 def beit(target: dict[str, Any], tokens: int, *, neck: bool = False) -> dict[str, Any]:
-    backbone = dict(type="BEiTPretrainViT", **VIT, final_norm=not neck, out_indices=(0, 1) if neck else -1)
+    vit = VIT | dict(out_indices=(0, 1)) if neck else ONE_LAYER
+    backbone = dict(type="BEiTPretrainViT", **vit, final_norm=not neck)
     head = dict(type="BEiTV2Head" if neck else "BEiTV1Head", embed_dims=16, num_embed=tokens, loss=CE)
     parts = dict(neck=dict(type="BEiTV2Neck", num_layers=1, early_layers=1)) if neck else {}
     return dict(type="BEiT", backbone=backbone, head=head, target_generator=target, **parts)
@@ -21,7 +22,7 @@ def beit(target: dict[str, Any], tokens: int, *, neck: bool = False) -> dict[str
 CONFIGS: dict[str, dict[str, Any]] = dict(
     beit=beit(dict(type="DALL-E", n_hid=8, vocab_size=16), 16),
     beitv2=beit(
-        dict(type="VQKD", encoder_config=dict(VIT, out_type="featmap"), num_embed=16, embed_dims=8)
+        dict(type="VQKD", encoder_config=dict(ONE_LAYER, out_type="featmap"), num_embed=16, embed_dims=8)
         | dict(quantize_kmeans_init=False),
         16,
         neck=True,
@@ -29,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = dict(
     beit_stand_in=beit(STAND_IN, 16),
     cae=dict(
         type="CAE",
-        backbone=dict(type="CAEPretrainViT", **VIT, layer_scale_init_value=0.1),
+        backbone=dict(type="CAEPretrainViT", **ONE_LAYER, layer_scale_init_value=0.1),
         neck=dict(
             type="CAENeck",
             num_classes=16,

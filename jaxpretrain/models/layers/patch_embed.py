@@ -20,11 +20,33 @@ def to_2tuple(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+class PatchProjection(Conv2d):
+    """A convolution whose stride is its kernel size, [p, q, in, out], computed by a reshape and one matmul.
+
+    Args:
+        in_channels, out_channels, bias: as of `Conv2d`.
+        patch_size: height and width of kernel and stride; images must be multiples of it.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, patch_size: tuple[int, int], bias: bool = True, *, rngs: nnx.Rngs
+    ):
+        super().__init__(in_channels, out_channels, patch_size, patch_size, bias=bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h2 w2 out"]:
+        b, height, width, c = x.shape
+        p, q = self.kernel_size
+        h, w = height // p, width // q
+        patches = x.reshape(b, h, p, w, q, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * w, p * q * c)
+        y = patches @ self.kernel[...].reshape(p * q * c, -1).astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y.reshape(b, h, w, -1)
+
+
 class PatchEmbed(BaseModule):
     """Cuts images into patches that do not overlap, and maps each to a token.
 
-    The weights are those of a convolution whose stride is its kernel size (`projection`, [p, p, in, out]), and get its
-    initialisation; the computation is a reshape and one matmul. Images of any size are taken.
+    Images of any size are taken.
 
     Args:
         in_channels: channels of the images.
@@ -64,25 +86,23 @@ class PatchEmbed(BaseModule):
             raise ConfigError(f"PatchEmbed: padding={padding!r} must be 'corner' or 0")
         self.in_channels, self.padded = in_channels, padding == "corner"
         self.init_out_size = self._grid(*to_2tuple(input_size))
-        self.projection = Conv2d(in_channels, embed_dims, self.patch_size, self.patch_size, bias=bias, rngs=rngs)
+        self.projection = PatchProjection(in_channels, embed_dims, self.patch_size, bias, rngs=rngs)
         self.norm = build_norm(norm_cfg, embed_dims, rngs=rngs) if norm_cfg else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b n d"], tuple[int, int]]:
         """Tokens in row-major order, and the numbers of patches down and across."""
         if x.ndim != 4 or x.shape[-1] != self.in_channels:
             raise ValueError(f"PatchEmbed: expected images [batch, height, width, {self.in_channels}], got {x.shape}")
-        b, height, width, c = x.shape
+        _, height, width, _ = x.shape
         p, q = self.patch_size
         h, w = self._grid(height, width)
         if (h * p, w * q) != (height, width):
             if self.padded:
                 x = jnp.pad(x, ((0, 0), (0, h * p - height), (0, w * q - width), (0, 0)))
             x = x[:, : h * p, : w * q]
-        patches = x.reshape(b, h, p, w, q, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * w, p * q * c)
-        tokens = patches @ self.projection.kernel[...].reshape(p * q * c, -1).astype(x.dtype)
-        if self.projection.bias is not None:
-            tokens = tokens + self.projection.bias[...].astype(x.dtype)
-        return (tokens if self.norm is None else self.norm(tokens)), (h, w)
+        tokens = self.projection(x)
+        tokens = tokens if self.norm is None else self.norm(tokens)
+        return tokens.reshape(len(x), h * w, -1), (h, w)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches down and across in an image of this size."""

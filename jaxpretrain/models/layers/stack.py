@@ -116,6 +116,27 @@ def apply_block(
     return x
 
 
+def apply_stages(
+    stages: Sequence[Any],
+    x: Float[Array, "b h w c"],
+    out_indices: Collection[int],
+    *,
+    rngs: nnx.Rngs | None = None,
+    remat: str = "none",
+) -> tuple[Float[Array, "b h2 w2 c2"], ...]:
+    """The outputs of the `stages` in `out_indices`, in order. A stage is a list of blocks (see `apply_block`) or one layer."""
+    outs = []
+    for i, stage in enumerate(stages):
+        if isinstance(stage, nnx.List):
+            for block in stage:
+                x = apply_block(block, x, rngs=rngs, remat=remat)
+        else:
+            x = stage(x)
+        if i in out_indices:
+            outs.append(x)
+    return tuple(outs)
+
+
 def _call(block: Any, x: Any, rngs: nnx.Rngs | None, shared: dict[str, Any]) -> Any:
     return block(x, rngs=rngs, **shared)
 
