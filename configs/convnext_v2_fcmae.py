@@ -1,8 +1,8 @@
 """FCMAE: ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders (Woo et al., 2023).
 
-`digits` is not measured yet; it is meant for 2 CPU cores. MMPretrain has the encoders and no recipe for pre-training: the
-settings are the paper's, written down from memory of its appendix and of its release. Not run by us. Published, by the
-paper's authors: top-1 on ImageNet-1k after fine-tuning at 224 px, for pre-training of 1,600 epochs.
+Measured here: `digits`, on 2 CPU cores. MMPretrain has the encoders and no recipe for pre-training: the settings are the
+paper's, written down from memory of its appendix and of its release, and not run by us. Published by the paper's authors:
+top-1 on ImageNet-1k after fine-tuning at 224 px, for pre-training of 1,600 epochs.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|

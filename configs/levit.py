@@ -1,7 +1,8 @@
 """LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference (Graham et al., 2021), with labels.
 
 These have not been run by us; published by MMPretrain: top-1 on ImageNet-1k, of weights from the paper's own training, with a
-teacher; the recipes are without one, as MMPretrain's.
+teacher. These recipes have none, and so not the head that learns from it; MMPretrain's have the head and cannot train. Those of
+the fused form (`deploy`), in which trained weights are evaluated, keep it.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
@@ -41,7 +42,7 @@ def levit(arch: str, deploy: bool = False) -> ConfigDict:
         weight_decay=0.025,
         loss=smoothing(loss_weight=1.0),
         no_decay=undecayed("/attention_biases"),
-        head=dict(type="LeViTClsHead", distillation=True, **fused),
+        head=dict(type="LeViTClsHead", distillation=deploy, **fused),
         model=dict(neck=dict(type="GlobalAveragePooling")),
         param_scheduler=warmup_cosine(1000, 5, 5e-4, by_iter=False, eta_min=1e-5),
         auto_scale_lr=dict(base_batch_size=2048),

@@ -14,6 +14,7 @@ from jaxpretrain.methods.cae import CAELoss, CAETransformerRegressorLayer
 from jaxpretrain.models.layers import Frozen
 from jaxpretrain.models.layers.position import build_2d_sincos_position_embedding
 from tests.method_cases import CASES
+from tests.method_cases.base import VIT
 from tests.parity import assert_summary, load_golden, loss_and_grads, reference_gradient_errors
 from tests.test_beit_pretrain import golden_batch, golden_method
 
@@ -189,7 +190,8 @@ def test_initialisation():
 
 
 def test_scanned_and_rematerialised_layers_give_the_same():
-    config = CASE.config | dict(neck=CASE.config["neck"] | dict(regressor_depth=3, decoder_depth=3))
+    neck = CASE.config["neck"] | dict(regressor_depth=3, decoder_depth=3)
+    config = CASE.config | dict(backbone=CASE.config["backbone"] | VIT, neck=neck)
     batch, values = CASE.batch(), []
     for scan_layers, remat in ((False, "none"), (True, "none"), (True, "full")):
         method = build(config, rngs=nnx.Rngs(0))

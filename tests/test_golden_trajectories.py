@@ -60,7 +60,6 @@ class Run:
         cfg = dict(type="Supervised", model=model) if self.prefix else model
         cfg = dict(cfg, type=WatchedSwAV) if cfg["type"] == "SwAV" else cfg
         method = build_by_reference(cfg, self.manifest, self.prefix)
-        method.set_attributes(scan_layers=True, raise_if_not_found=False)  # compiles faster
         if isinstance(method, MomentumMethod):
             method.reset_teacher()
         if isinstance(method, WatchedSwAV):
@@ -107,8 +106,7 @@ class Run:
         state |= dict(ema=params if self.ema else {}, rng=jax.random.key_data(jax.random.key(0)))
         train_step = make_train_step(graphdef, optimizer, lrs, augment, self.pieces, self.ema)
         # Convolutions in float64 are plain loops on CPUs: they need the optimisation that tests otherwise do without.
-        plain_loops = self.dtype == np.float64
-        step = jax.jit(train_step, compiler_options={"xla_backend_optimization_level": 3} if plain_loops else {})
+        step = jax.jit(train_step, compiler_options={"xla_backend_optimization_level": 3})
         for done in range(self.pieces, self.data["max_iters"] + 1, self.pieces):
             # A micro-batch of ours is every n-th row.
             parts = [self.batch(s) for s in range(done - self.pieces, done)]

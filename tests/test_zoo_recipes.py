@@ -44,6 +44,9 @@ SOFT_LABELS = {
     for part in ("type", "loss.use_soft")
 }
 LATE_JITTER = {"augmentation order": "colours change on the device, so after cropping instead of before"}
+WITHOUT_TEACHER = {
+    "method.model.head.distillation": "a head that learns from a teacher cannot train, in MMPretrain neither"
+}
 DEVIATIONS: dict[str, dict[str, str]] = {
     "beit_beit-base-p16_8xb256-amp-coslr-300e_in1k": LATE_JITTER,
     "beitv2_beit-base-p16_8xb256-amp-coslr-300e_in1k": LATE_JITTER,
@@ -81,12 +84,8 @@ DEVIATIONS: dict[str, dict[str, str]] = {
         "paramwise_cfg": "the file's key, `.backbone.classifier`, fits no parameter there: names do not begin with a dot"
     },
     **dict.fromkeys(("hornet-tiny_3rdparty_in1k", "hornet-tiny-gf_3rdparty_in1k"), BATCH_OF_THE_NAME),
-    **{
-        f"efficientformer-{arch}_3rdparty_8xb128_in1k": {
-            "method.model.head.distillation": "a head that learns from a teacher cannot train, in MMPretrain neither"
-        }
-        for arch in ("l1", "l3", "l7")
-    },
+    **{f"efficientformer-{arch}_3rdparty_8xb128_in1k": WITHOUT_TEACHER for arch in ("l1", "l3", "l7")},
+    **{f"levit-{arch}_3rdparty_in1k": WITHOUT_TEACHER for arch in ("128s", "128", "192", "256", "384")},
     **{f"edgenext-{arch}_3rdparty_in1k": FORGOTTEN_BATCH for arch in ("xxsmall", "xsmall", "small", "base")},
     **dict.fromkeys(("edgenext-small-usi_3rdparty_in1k", "edgenext-base_3rdparty-usi_in1k"), FORGOTTEN_BATCH),
     **{f"tinyvit-{arch}_3rdparty_in1k": FORGOTTEN_BATCH for arch in ("5m", "11m", "21m")},

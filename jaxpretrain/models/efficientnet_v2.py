@@ -74,7 +74,8 @@ _STAGES = [("conv", 1, 1), ("fused", 2, 4), ("fused", 2, 4), ("mb", 2, 4), ("mb"
 
 def _arch(stem: int, last: int, repeats: Sequence[int], channels: Sequence[int]) -> dict[str, Any]:
     stages = [
-        Stage(kind, n, *shape, width) for (kind, *shape), n, width in zip(_STAGES, repeats, channels, strict=False)
+        Stage(kind, n, stride, expansion, width)
+        for (kind, stride, expansion), n, width in zip(_STAGES, repeats, channels, strict=False)
     ]
     return {"stem_channels": stem, "stages": stages, "out_channels": last}
 

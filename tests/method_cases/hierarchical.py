@@ -46,9 +46,9 @@ CONFIGS: dict[str, dict[str, Any]] = dict(
 )
 
 CASES: dict[str, Case] = dict(
-    mae_hivit=Case(CONFIGS["mae_hivit"], views=SIZE, learning_rate=1e-2, bfloat16=0.02),
+    mae_hivit=Case(CONFIGS["mae_hivit"], views=SIZE, bfloat16=0.02),
     itpn=Case(CONFIGS["itpn"], views=SIZE, learning_rate=1e-2, bfloat16=0.02),
     # Targets that are no probabilities: this loss has no lower bound.
     itpn_clip=Case(CONFIGS["itpn_clip"], mask=(4, 4, 6), bfloat16=0.05),
-    mixmim=Case(CONFIGS["mixmim"], views=SIZE, learning_rate=1e-2, bfloat16=0.02),
+    mixmim=Case(CONFIGS["mixmim"], views=SIZE, bfloat16=0.02),
 )

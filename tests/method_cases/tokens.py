@@ -22,7 +22,7 @@ def beit(target: dict[str, Any], tokens: int, *, neck: bool = False) -> dict[str
 CONFIGS: dict[str, dict[str, Any]] = dict(
     beit=beit(dict(type="DALL-E", n_hid=8, vocab_size=16), 16),
     beitv2=beit(
-        dict(type="VQKD", encoder_config=dict(ONE_LAYER, out_type="featmap"), num_embed=16, embed_dims=8)
+        dict(type="VQKD", encoder_config=dict(VIT, out_type="featmap"), num_embed=16, embed_dims=8)
         | dict(quantize_kmeans_init=False),
         16,
         neck=True,
