@@ -39,11 +39,13 @@ def views(name: str, batch: int) -> list[np.ndarray]:
 def reference_side(name: str, batch: int, threads: int, folder: Path) -> dict[str, Callable[[], Any]]:
     """MMPretrain's; it writes its first weights to the folder."""
     import torch
+    from mmengine.logging import MessageHub
     from mmengine.optim import build_optim_wrapper
     from mmpretrain.registry import MODELS
     from mmpretrain.utils import register_all_modules
 
     register_all_modules(init_default_scope=True)
+    MessageHub.get_current_instance().update_info("max_iters", 10**4)  # the momentum of MoCo v3's teacher asks for it
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     settings = json.loads((folder / "settings.json").read_text())
