@@ -282,8 +282,8 @@ def test_batches_follow_the_clusters(tmp_path, monkeypatch):
     seen: list[np.ndarray] = []
     compile_step = Trainer.compile
 
-    def spy(self, state, batch):
-        compiled = compile_step(self, state, batch)
+    def spy(self, state, batch, phase):
+        compiled = compile_step(self, state, batch, phase)
 
         def step(state, batch):
             seen.append(np.asarray(jax.device_get(batch["index"])))

@@ -185,8 +185,8 @@ def test_missing_files_and_directories(tmp_path):
 
 
 def test_writing_needs_a_known_suffix(tmp_path):
-    with pytest.raises(InteropError, match="ends in .pth or .safetensors"):
-        files.write(tmp_path / "x.npz", weights())
+    with pytest.raises(InteropError, match="ends in .pth, .safetensors or .npz"):
+        files.write(tmp_path / "x.onnx", weights())
 
 
 def test_without_pytorch(tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(tmp_path):
     config = tiny_config(dtype="bfloat16", checkpoint=dict(interval=10, by_epoch=False))
     trainer = Trainer(config, tmp_path)
     batch = dict(image=jnp.zeros((4, 8, 8, 3), jnp.uint8), index=jnp.zeros(4, jnp.int32), epoch=jnp.zeros(4, jnp.int32))
-    spy(trainer._augment()(batch, jax.random.key(0))["image"])
+    spy(trainer.augments[0](batch, jax.random.key(0))["image"])
     assert seen == [jnp.bfloat16]
     trainer.fit()
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(load_params(tmp_path).state["params"])}
@@ -178,8 +178,8 @@ def test_transfer_guard_catches_hidden_transfers(tmp_path, monkeypatch):
     trainer = Trainer(tiny_config(), tmp_path)
     compile_step = trainer.compile
 
-    def leaky(state, batch):
-        step = compile_step(state, batch)
+    def leaky(state, batch, phase):
+        step = compile_step(state, batch, phase)
 
         def wrapped(state, batch):
             state, metrics = step(state, batch)
