@@ -6,7 +6,7 @@ top-1 on ImageNet-1k after fine-tuning at 224 px, for pre-training of 1,600 epoc
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/convnext_v2_fcmae.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/convnext_v2_fcmae.py:digits` | 2 CPU cores | 4.5 CPU min | probe 92.6, trained 97.0; kNN 62.3, 69.4 |
 | convnext-v2-base_fcmae-1600e_in1k | `--config=configs/convnext_v2_fcmae.py` | 64 GPUs | | 84.9 |
 | convnext-v2-ARCH_fcmae-1600e_in1k | `--config=configs/convnext_v2_fcmae.py:NAME` | | | |
 | atto, femto, pico, nano | | | | 76.7, 78.5, 80.3, 81.9 |

@@ -6,7 +6,7 @@ ImageNet-1k. Recipes of 100 and 300 epochs are the commands of the release's REA
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/dino.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/dino.py:digits` | 2 CPU cores | 4.5 CPU min | probe 86.2, trained 91.6; kNN 71.7, 72.7 |
 | dino_vit-small-p16_8xb64-amp-coslr-100e_in1k | `--config=configs/dino.py` | 8 GPUs | 1.75 days (theirs) | 69.3 / 74.0 |
 | dino_vit-small-p16_16xb64-amp-coslr-300e_in1k | `--config=configs/dino.py:NAME` | 16 GPUs | 2.6 days (theirs) | 73.3 / 76.0 |
 | dino_vit-small-p16_16xb64-coslr-800e_in1k | | 16 GPUs | | 74.5 / 77.0 |

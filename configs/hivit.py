@@ -4,7 +4,7 @@ None of these but `digits` has been run by us; published by MMPretrain: top-1 on
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/hivit.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/hivit.py:digits` | 2 CPU cores | 3.4 CPU min | probe 83.5, trained 86.5; kNN 46.1, 47.1 |
 | hivit-tiny-p16_16xb64_in1k | `--config=configs/hivit.py` | 16 GPUs | | 82.1 |
 | hivit-small-p16_16xb64_in1k | `--config=configs/hivit.py:NAME` | 16 GPUs | | - |
 | hivit-base-p16_16xb64_in1k | | 16 GPUs | | - |

@@ -5,7 +5,7 @@ its weights (`config.method.target_generator.tokenizer_path`).
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/itpn.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/itpn.py:digits` | 2 CPU cores | 6.2 CPU min | probe 84.8, trained 94.3; kNN 47.1, 68.7 |
 | itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k | `--config=configs/itpn.py` | 8 GPUs | | - |
 | itpn-pixel_hivit-base-p16_8xb512-amp-coslr-400e_in1k (and 1600e) | `--config=configs/itpn.py:NAME` | 8 GPUs | | - |
 | itpn-pixel_hivit-large-p16_8xb512-amp-coslr-400e_in1k (and 800e, 1600e) | | 8 GPUs | | - |

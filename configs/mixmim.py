@@ -5,7 +5,7 @@ after fine-tuning by the last recipe, which starts from `--config.load_from.path
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/mixmim.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/mixmim.py:digits` | 2 CPU cores | 5.8 CPU min | probe 93.6, trained 97.3; kNN 70.4, 68.0 |
 | mixmim_mixmim-base_16xb128-coslr-300e_in1k | `--config=configs/mixmim.py` | 16 GPUs | | 84.6 |
 | mixmim-base_mixmim-pre_8xb128-coslr-100e_in1k | `--config=configs/mixmim.py:NAME` | 8 GPUs | | 84.6 |
 | mixmim-base_8xb64_in1k | | 8 GPUs | | - |

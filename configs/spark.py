@@ -5,7 +5,7 @@ after fine-tuning for 300 epochs.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/spark.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/spark.py:digits` | 2 CPU cores | 6.0 CPU min | probe 96.0, trained 93.3; kNN 92.6, 91.9 |
 | spark_sparse-resnet50_800e_in1k | `--config=configs/spark.py` | 8 GPUs | | 80.1 |
 | spark_sparse-resnet50_8xb512-amp-coslr-1600e_in1k | `--config=configs/spark.py:NAME` | 8 GPUs | | - |
 | spark_sparse-convnext-small_16xb256-amp-coslr-800e_in1k | | 16 GPUs | | - |

@@ -5,7 +5,7 @@ own training, which was another; its recipes are those of its ResNets.
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/vig.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/vig.py:digits` | 2 CPU cores | 3.8 CPU min | probe 97.3, trained 99.0; kNN 79.5, 99.3 |
 | vig-tiny_3rdparty_in1k | `--config=configs/vig.py` | 8 GPUs | | 74.40 |
 | vig-small_3rdparty_in1k | `--config=configs/vig.py:NAME` | 8 GPUs | | 80.61 |
 | vig-base_3rdparty_in1k | | 8 GPUs | | 82.62 |

@@ -216,7 +216,7 @@ def save_weights(
     with tqdm(total=total, unit="B", unit_scale=True, desc=dst.name, disable=not progress) as bar:
         for path, variable in variables:
             value = arrays.pop(path) if path in arrays else variable.get_value()
-            array = jnp.asarray(np.array(value, order="C"), variable.dtype)  # a copy, or the file stays mapped
+            array = jnp.array(value, variable.dtype)  # a copy, or the file stays mapped
             groups["params" if isinstance(variable, nnx.Param) else "model_state"][path] = array
             bar.update(array.nbytes)
     del value, array
