@@ -6,7 +6,7 @@ MMPretrain for v2, in the paper for v1.
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
 | digits | `--config=configs/mocov2.py:digits` | 2 CPU cores | 2.0 CPU min | probe 80.1, trained 82.8; kNN 70.4, 74.7 |
-| digits-mocov1 | `--config=configs/mocov2.py:digits-mocov1` | 2 CPU cores | 1.5 CPU min | probe 80.1, trained 92.6; kNN 70.4, 82.2 |
+| digits-mocov1 | `--config=configs/mocov2.py:NAME` | 2 CPU cores | 1.5 CPU min | probe 80.1, trained 92.6; kNN 70.4, 82.2 |
 | mocov2_resnet50_8xb32-coslr-200e_in1k | `--config=configs/mocov2.py` | 8 GPUs | | 67.5 |
 | mocov1_resnet50_8xb32-steplr-200e_in1k | `--config=configs/mocov2.py:NAME` | 8 GPUs | | 60.6 |
 | resnet50_mocov2-pre_8xb32-linear-steplr-100e_in1k | | 8 GPUs | | 67.5 (linear probe) |
