@@ -47,7 +47,8 @@ def random(cfg, seed=0):
             value = value / np.sqrt(np.prod(shape[:-1]))
         elif name in ("scale", "var"):
             value = 1 + 0.1 * np.abs(value)
-        variable.set_value(jnp.asarray(0.1 * value if name in ("bias", "mean") else value, variable.dtype))
+        value = 0.1 * value if name in ("bias", "mean") else value
+        variable.set_value(jnp.asarray(value.astype(variable.dtype)))  # by JAX, each shape would be compiled for
     return module
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -21,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpretrain import distributed, sharding
+from jaxpretrain import distributed
 from jaxpretrain.build import ConfigError
 from jaxpretrain.config import load_config
 from jaxpretrain.sharding import FSDP_MIN_SIZE, path_name
 from jaxpretrain.trainer import Trainer, train
-from tests.tiny import losses, records, tiny_config
+from tests.tiny import first_devices, losses, records, tiny_config
 
 ROOT = Path(__file__).parents[1]
 ONE = (1, 1, 1)
@@ -110,13 +109,6 @@ def small_config(method: str, mesh: tuple[int, int, int], **overrides: Any) -> A
     recipe, shrink = METHODS[method]
     sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
     return load_config(recipe, shrink | LOOP | sizes | overrides)
-
-
-def first_devices() -> Any:
-    """Lets a mesh be smaller than the number of devices."""
-    make = sharding.make_mesh
-    smaller = lambda sizes: make(sizes, jax.devices()[: math.prod(sizes.get(axis, 1) for axis in sharding.AXES)])  # noqa: E731
-    return mock.patch("jaxpretrain.trainer.make_mesh", smaller)
 
 
 def fit(config: Any, workdir: Path, first: Any = None) -> Run:

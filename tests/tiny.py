@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jaxpretrain import sharding
 from jaxpretrain.methods.base import Method, Progress
 from jaxpretrain.models.layers import BatchNorm, Frozen, Linear
 from jaxpretrain.recipes import DIGITS_MEAN_STD, digits, recipe
@@ -98,3 +101,10 @@ def records(workdir: Path, phase: str = "train") -> list[dict[str, Any]]:
 def losses(workdir: Path) -> list[tuple[int, float]]:
     """(step, loss) of all training records."""
     return [(record["step"], record["loss"]) for record in records(workdir)]
+
+
+def first_devices() -> Any:
+    """Lets a mesh be smaller than the number of devices."""
+    make = sharding.make_mesh
+    smaller = lambda sizes: make(sizes, jax.devices()[: math.prod(sizes.get(axis, 1) for axis in sharding.AXES)])  # noqa: E731
+    return mock.patch("jaxpretrain.trainer.make_mesh", smaller)

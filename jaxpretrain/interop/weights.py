@@ -216,13 +216,23 @@ def save_weights(
     with tqdm(total=total, unit="B", unit_scale=True, desc=dst.name, disable=not progress) as bar:
         for path, variable in variables:
             value = arrays.pop(path) if path in arrays else variable.get_value()
-            array = jnp.array(value, variable.dtype)  # a copy, or the file stays mapped
+            array = _copy(value, variable.dtype)  # or the file stays mapped
             groups["params" if isinstance(variable, nnx.Param) else "model_state"][path] = array
             bar.update(array.nbytes)
     del value, array
     with Checkpointer(dst / "checkpoints") as checkpointer:
         checkpointer.save(0, {name: nest(flat) for name, flat in groups.items()} | {"ema": {}})
     (dst / "model.json").write_text(json.dumps(dict(meta or {}), indent=2, default=str) + "\n")
+
+
+def _copy(value: Any, dtype: Any) -> jax.Array:
+    """A copy on the device. The CPU takes NumPy's memory over where it begins at a multiple of 64 bytes: no second copy."""
+    size = np.dtype(dtype).itemsize * math.prod(np.shape(value))
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array = memory[start : start + size].view(dtype).reshape(np.shape(value))
+    array[...] = value
+    return jnp.asarray(array, dtype)
 
 
 def _new_head(head: Any, seed: int) -> dict[hub.Path, np.ndarray]:
