@@ -72,12 +72,15 @@ def our_side(name: str, batch: int, folder: Path) -> dict[str, Callable[[], Any]
 
     from jaxpretrain.build import abstract
     from jaxpretrain.interop import load_weights
+    from jaxpretrain.methods.momentum_encoder import MomentumMethod
     from jaxpretrain.optim import build_optimizer
     from jaxpretrain.train_state import make_train_step, split
 
     settings = json.loads((folder / "settings.json").read_text())
     method = abstract(settings["ours"])
     load_weights(method, folder / "weights.pth", layout="mmpretrain")
+    if isinstance(method, MomentumMethod):
+        method.reset_teacher()  # as MMPretrain does in its first step
     graphdef, params, rest = split(method)
     rates = np.full(10**4, LR, np.float32)
     optimizer = build_optimizer(settings["optim_wrapper"], rates, params)
