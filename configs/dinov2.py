@@ -7,7 +7,7 @@ says: all as before, schedules compressed to 10,000 steps, a smaller learning ra
 
 | recipe | command | hardware | wall time | metric |
 |---|---|---|---|---|
-| digits | `--config=configs/dinov2.py:digits` | 2 CPU cores | | not measured yet |
+| digits | `--config=configs/dinov2.py:digits` | 2 CPU cores | 5.9 CPU min | probe 86.5, trained 85.2; kNN 71.0, 79.8 |
 | vitl16_short (ImageNet-1k) | `--config=configs/dinov2.py` | 32 GPUs | 1 day (theirs) | 81.6 / 82.9 |
 | vitl14 (ImageNet-22k) | `--config=configs/dinov2.py:vitl14` | 96 GPUs | 3.3 days (theirs) | 82.0 / 84.5 |
 | vitg14 (ImageNet-22k) | `--config=configs/dinov2.py:vitg14` | 256 GPUs | | |
