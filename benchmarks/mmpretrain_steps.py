@@ -89,7 +89,8 @@ def our_side(name: str, batch: int, folder: Path) -> dict[str, Callable[[], Any]
     step = jax.jit(make_train_step(graphdef, optimizer, rates, lambda batch, rng: batch), donate_argnums=0)
     images = tuple(map(jnp.asarray, views(name, batch)))
     inputs = dict(image=images[0] if len(images) == 1 else images, label=jnp.zeros(batch, jnp.int32))
-    held = dict(state=state)
+    # A teacher that was reset shares arrays with its students, and a step consumes its state.
+    held = dict(state=jax.tree.map(jnp.copy, state))
 
     def train() -> float:
         held["state"], metrics = step(held["state"], inputs)
